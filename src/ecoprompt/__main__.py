@@ -1,0 +1,5 @@
+"""`python -m ecoprompt`."""
+
+from ecoprompt.cli import main
+
+main()

@@ -1,0 +1,361 @@
+"""Data sets, prompts and scoring, declared in benchmarks.toml or in a table of the user's own."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from ecoprompt.data import Row, Source, check_columns, count_rows, fill, load_rows, sample, template_names
+from ecoprompt.metrics import ROW_INPUTS, Better, reads
+from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row as it is asked and scored; `index` is its number in the data set, from 0."""
+
+    benchmark: str
+    subset: str
+    index: int
+    prompt: str
+    target: str
+    reference: str
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GateData:
+    """Prompts that train a gate (positive: to be flagged), and further ones that test it, with their label 1 or 0."""
+
+    positive: list[str]
+    negative: list[str]
+    checks: dict[str, tuple[list[str], int]]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class _Named(_Table):
+    _name: str = PrivateAttr("")
+
+    @property
+    def name(self) -> str:
+        """The key under which this table was declared."""
+        return self._name
+
+
+def _as_value_error(check: Callable[[str], object]) -> AfterValidator:
+    """A pydantic check of a text that passes on an InputError of `check` under its key."""
+
+    def validate(text: str) -> str:
+        try:
+            check(text)
+        except InputError as error:
+            raise ValueError("; ".join(error.problems)) from None
+        return text
+
+    return AfterValidator(validate)
+
+
+def _check_config(template: str) -> None:
+    fill(template, {"forget": "", "retain": ""})
+
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+MetricName = Annotated[str, _as_value_error(metrics.__getitem__)]
+Template = Annotated[str, _as_value_error(template_names)]
+Config = Annotated[str, _as_value_error(_check_config)]
+
+
+class ForgetSet(_Named):
+    """What is to be forgotten: the name of its retain set, and what a prompt calls its contents."""
+
+    retain: str
+    targets: Texts = ()
+
+
+class Subset(_Named):
+    """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
+
+    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own.
+    """
+
+    config: Config | None = None
+    split: str | None = None
+    prompt: Template | None = None
+    answer: str = "answer"
+    reference: str | None = None
+    alternatives: str | None = None
+    metrics: dict[str, MetricName]
+    forget: bool = False
+
+    @model_validator(mode="after")
+    def _has_what_metrics_read(self) -> Subset:
+        given = set(ROW_INPUTS) - ({"alternatives"} if self.alternatives is None else set())
+        pairs = [(metric, key) for metric in self.metrics.values() for key in reads(metric)]
+        lacking = [f"'{metric}' reads '{key}'" for metric, key in pairs if key not in given]
+        if lacking:
+            raise ValueError(f"found no key for what metrics read: {', '.join(lacking)}")
+        return self
+
+
+class GateTexts(_Table):
+    """Prompts for a gate: a text column of one data set."""
+
+    config: Config | None = None
+    split: str | None = None
+    field: str
+
+
+class GateCheck(GateTexts):
+    """Prompts that test a gate; label 1 if it should flag them, else 0."""
+
+    label: Annotated[int, Field(ge=0, le=1)]
+
+
+class GateSources(_Table):
+    """Which prompts train a gate, and which test it."""
+
+    positive: Annotated[tuple[GateTexts, ...], Field(strict=False, min_length=1)]
+    negative: Annotated[tuple[GateTexts, ...], Field(strict=False, min_length=1)]
+    checks: dict[str, GateCheck] = {}
+
+
+class Benchmark(_Named):
+    """A data set, how a prompt is made of a row, and how the answers are scored."""
+
+    title: str = ""
+    hub: str | None = None
+    folder: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    prompt: Template
+    max_length: Annotated[int, Field(ge=1)]
+    rows: dict[str, int] = {}
+    columns: Texts = ()
+    forget_sets: dict[str, ForgetSet] = {}
+    subsets: Annotated[dict[str, Subset], Field(min_length=1)]
+    aggregates: dict[str, dict[str, Any]] = {}
+    gate: GateSources | None = None
+    _base: Path = PrivateAttr(PACKAGE)
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Benchmark:
+        if (self.hub is None) == (self.folder is None):
+            raise ValueError("found both 'hub' and 'folder'" if self.hub else "found neither 'hub' nor 'folder'")
+        return self
+
+    def model_post_init(self, context: Any) -> None:
+        """Tell the inner tables their names."""
+        named: list[tuple[str, _Named]] = [*self.forget_sets.items(), *self.subsets.items()]
+        for name, table in named:
+            table._name = name
+
+    def forget_set(self, name: str) -> ForgetSet:
+        """The forget set of this name; raises InputError with the nearest one."""
+        if name not in self.forget_sets:
+            hint = nearest(name, self.forget_sets)
+            raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {hint}")
+        return self.forget_sets[name]
+
+    def subset(self, name: str) -> Subset:
+        """The subset of this name; raises InputError with the nearest one."""
+        if name not in self.subsets:
+            raise InputError(f"benchmark '{self.name}' has no subset '{name}'; {nearest(name, self.subsets)}")
+        return self.subsets[name]
+
+    def better(self) -> dict[str, Better]:
+        """All columns of a run's results, in their order, and which way each is better."""
+        found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
+        for subset in self.subsets.values():
+            for key, metric in subset.metrics.items():
+                found[f"{subset.name}_{key}"] = "closer to retain" if subset.forget else metrics[metric].better
+        return found
+
+    def table_columns(self) -> tuple[str, ...]:
+        """The columns of the table on the terminal: `columns`, else the aggregates and what is read off forget sets."""
+        forget_subsets = [subset for subset in self.subsets.values() if subset.forget]
+        forgotten = [f"{subset.name}_{key}" for subset in forget_subsets for key in subset.metrics]
+        return self.columns or (*self.aggregates, *forgotten) or tuple(self.better())
+
+    def subset_rows(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> list[Row]:
+        """All rows of `subset`, with every column that is read of them checked."""
+        table = self.subset(subset)
+        source = self._source(table, forget)
+        rows = load_rows(source, root)
+        check_columns(rows, source, self._columns_read(table))
+        return rows
+
+    def items(
+        self,
+        subset: str,
+        forget: str | ForgetSet | None,
+        root: Path | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> list[Item]:
+        """The rows of `subset`, or a seeded sample of `limit` of them, with their prompts and answers."""
+        table = self.subset(subset)
+        prompt = table.prompt or self.prompt
+        return [
+            Item(
+                benchmark=self.name,
+                subset=subset,
+                index=index,
+                prompt=fill(prompt, row),
+                target=row[table.answer],
+                reference=row[table.reference or table.answer],
+                alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
+            )
+            for index, row in sample(self.subset_rows(subset, forget, root), limit, seed)
+        ]
+
+    def gate_texts(self, forget: str | ForgetSet | None, root: Path | None = None) -> GateData:
+        """The prompts that train a gate for `forget`, and those that test it."""
+        gate = self._gate()
+        return GateData(
+            positive=[text for texts in gate.positive for text in self._texts(texts, forget, root)],
+            negative=[text for texts in gate.negative for text in self._texts(texts, forget, root)],
+            checks={name: (self._texts(check, forget, root), check.label) for name, check in gate.checks.items()},
+        )
+
+    def dry_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
+        """How many rows each subset has: of the local data, else as published, else None. Asks no network."""
+        return {name: self._count(subset, forget, root) for name, subset in self.subsets.items()}
+
+    def dry_gate_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
+        """How many prompts train (`positive`, `negative`) and test a gate, as `dry_rows`."""
+        gate = self._gate()
+        counts: dict[str, int | None] = {}
+        for name, sources in (("positive", gate.positive), ("negative", gate.negative)):
+            parts = [self._count(texts, forget, root) for texts in sources]
+            known = [part for part in parts if part is not None]
+            counts[name] = sum(known) if len(known) == len(parts) else None
+        return counts | {name: self._count(check, forget, root) for name, check in gate.checks.items()}
+
+    def _gate(self) -> GateSources:
+        if self.gate is None:
+            raise InputError(f"benchmark '{self.name}' does not say which prompts train a gate (no [gate] table)")
+        return self.gate
+
+    def _texts(self, texts: GateTexts, forget: str | ForgetSet | None, root: Path | None) -> list[str]:
+        source = self._source(texts, forget)
+        rows = load_rows(source, root)
+        check_columns(rows, source, {texts.field: str})
+        return [row[texts.field] for row in rows]
+
+    def _count(self, table: Subset | GateTexts, forget: str | ForgetSet | None, root: Path | None) -> int | None:
+        source = self._source(table, forget)
+        local = count_rows(source, root)
+        return self.rows.get(source.config or source.split) if local is None else local
+
+    def _source(self, table: Subset | GateTexts, forget: str | ForgetSet | None) -> Source:
+        config = self._filled(table.config, forget) if table.config else None
+        split = table.split or self.split
+        if self.folder is not None:
+            return Source(config=config, split=split, path=str(self._base / self.folder / (config or split)))
+        return Source(hub=self.hub, config=config, split=split, revision=self.revision)
+
+    def _filled(self, template: str, forget: str | ForgetSet | None) -> str:
+        """`template` with the names of the forget set and its retain set, which it need not use."""
+        if not template_names(template):
+            return template
+        if forget is None:
+            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.forget_sets)}")
+        forget_set = self.forget_set(forget if isinstance(forget, str) else forget.name)
+        return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
+
+    def _columns_read(self, subset: Subset) -> dict[str, type]:
+        prompt = subset.prompt or self.prompt
+        columns: dict[str, type] = dict.fromkeys(sorted(template_names(prompt)), object)
+        columns |= dict.fromkeys(sorted(template_names(prompt, printed=True)), str)
+        columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
+        return columns | ({subset.alternatives: list} if subset.alternatives is not None else {})
+
+
+def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: str | None = None) -> Benchmark:
+    """The benchmark `name` that `table` declares; `base` is what its `folder` is relative to.
+
+    `where` is the key path under which the table stands. Raises InputError with all mistakes at once.
+    """
+    where = name if where is None else where
+    bound, problems = _bind_aggregates(table, where)
+    try:
+        benchmark = Benchmark.model_validate({**table, "aggregates": bound} if "aggregates" in table else dict(table))
+    except ValidationError as error:
+        raise InputError(*describe(error, Benchmark, where, f"benchmark '{name}'"), *problems) from None
+    benchmark._name = name
+    benchmark._base = base
+    problems += _dangling(benchmark, where)
+    if problems:
+        raise InputError(*problems)
+    return benchmark
+
+
+def _bind_aggregates(table: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+    """The aggregates of a table with their defaults, and what is wrong with them."""
+    given = table.get("aggregates", {})
+    if not isinstance(given, Mapping):
+        return given, []
+    bound, problems = {}, []
+    for name, parameters in given.items():
+        key = f"{where}.aggregates.{name}"
+        if name not in aggregates:
+            problems.append(f"'{key}': there is no aggregate '{name}'; {nearest(name, aggregates)}")
+        elif not isinstance(parameters, Mapping):
+            problems.append(f"'{key}': found {parameters!r}, expected a table of parameters")
+        else:
+            try:
+                bound[name] = aggregates.bind(name, parameters, key)
+            except InputError as error:
+                problems += error.problems
+    return bound, problems
+
+
+def _dangling(benchmark: Benchmark, where: str) -> list[str]:
+    """Names in the tables of `benchmark` that point to nothing."""
+    problems = []
+    known = benchmark.better()
+    for number, column in enumerate(benchmark.columns):
+        if column not in known:
+            problems.append(f"'{where}.columns.{number}': there is no column '{column}'; {nearest(column, known)}")
+    for name, parameters in benchmark.aggregates.items():
+        named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
+        for subset in named:
+            key = f"'{where}.aggregates.{name}'"
+            if subset not in benchmark.subsets:
+                problems.append(f"{key}: there is no subset '{subset}'; {nearest(subset, benchmark.subsets)}")
+                continue
+            lacking = [part for part in aggregates[name].of if part not in benchmark.subsets[subset].metrics]
+            if lacking:
+                problems.append(f"{key}: subset '{subset}' has no metric called {', '.join(lacking)}, which it reads")
+    return problems
+
+
+def parse_forget(name: str, own: Mapping[str, Benchmark] | None = None) -> tuple[Benchmark, ForgetSet]:
+    """The benchmark and forget set that "benchmark/forget set" names; `own` are benchmarks of the recipe itself."""
+    known = {**benchmarks, **(own or {})}
+    head, slash, tail = name.partition("/")
+    every = [f"{benchmark.name}/{forget_set}" for benchmark in known.values() for forget_set in benchmark.forget_sets]
+    if not slash:
+        raise InputError(f"found '{name}' as the forget set, expected BENCHMARK/FORGET_SET; {nearest(name, every)}")
+    if head not in known:
+        raise InputError(f"there is no benchmark '{head}'; {nearest(head, known)}")
+    return known[head], known[head].forget_set(tail)
+
+
+def _declare_all() -> None:
+    with (PACKAGE / "benchmarks.toml").open("rb") as file:
+        for name, table in tomllib.load(file).items():
+            benchmarks.add(name, declare(name, table))
+
+
+_declare_all()

@@ -1,0 +1,148 @@
+"""Corruption functions: the embeddings of one prompt's selected tokens in, corrupted ones of the same shape out.
+
+Each takes `embeddings` [n, D] (n selected tokens, D hidden size) and a CPU `generator`, writes nothing in place, and
+returns [n, D] in the same dtype on the same device. The fourteen are those of the published code of ECO prompts
+(arXiv 2406.07933, section 3.3); `dims` counts embedding dimensions and may not exceed D.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from ecoprompt.registry import corruptions
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Dims = Annotated[int, Field(ge=1, description="how many embedding dimensions")]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False, description="standard deviation, or the value")]
+
+
+def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: float) -> Tensor:
+    """N(0, strength²) of shape [n, dims] in float32. Drawn on the CPU token by token, so that neither the device nor
+    the number of later tokens changes what a token gets."""
+    import torch
+
+    noise = torch.randn(embeddings.shape[0], dims, generator=generator)
+    return (strength * noise).to(embeddings.device)
+
+
+def _put(embeddings: Tensor, index: Tensor | slice, values: Tensor) -> Tensor:
+    """A copy of `embeddings` whose dimensions `index` are `values`: a slice, or an index [n, dims] by token.
+
+    Values past the dtype's range are cut to it: float16 would turn a large strength into infinity.
+    """
+    import torch
+
+    limits = torch.finfo(embeddings.dtype)
+    values = values.clamp(limits.min, limits.max).to(embeddings.dtype)
+    corrupted = embeddings.clone()
+    if isinstance(index, slice):
+        corrupted[:, index] = values
+        return corrupted
+    return corrupted.scatter(1, index, values)
+
+
+def _largest(embeddings: Tensor, dims: int) -> Tensor:
+    """By token, the indices [n, dims] of its largest dimensions by absolute value."""
+    return embeddings.abs().topk(dims, dim=1).indices
+
+
+@corruptions.register
+def rand_noise_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """N(0, strength²) is added to the first dimensions."""
+    first = slice(dims)
+    return _put(embeddings, first, embeddings[:, first].float() + _noise(embeddings, dims, generator, strength))
+
+
+@corruptions.register
+def rand_noise_rand_n(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """N(0, strength²) is added to dimensions drawn at random, the same for all tokens of the prompt."""
+    import torch
+
+    drawn = torch.randperm(embeddings.shape[1], generator=generator)[:dims].to(embeddings.device)
+    drawn = drawn.expand(embeddings.shape[0], dims)
+    noise = _noise(embeddings, dims, generator, strength)
+    return _put(embeddings, drawn, embeddings.gather(1, drawn).float() + noise)
+
+
+@corruptions.register
+def rand_noise_top_k(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """N(0, strength²) is added to each token's largest dimensions by absolute value."""
+    top = _largest(embeddings, dims)
+    return _put(embeddings, top, embeddings.gather(1, top).float() + _noise(embeddings, dims, generator, strength))
+
+
+@corruptions.register
+def set_rand_noise_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """The first dimensions are replaced by N(0, strength²)."""
+    return _put(embeddings, slice(dims), _noise(embeddings, dims, generator, strength))
+
+
+@corruptions.register
+def zero_out_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims) -> Tensor:
+    """The first dimensions are set to zero."""
+    return _put(embeddings, slice(dims), embeddings[:, :dims] * 0)
+
+
+@corruptions.register
+def zero_out_top_k(embeddings: Tensor, generator: Generator, *, dims: Dims) -> Tensor:
+    """Each token's largest dimensions by absolute value are set to zero."""
+    top = _largest(embeddings, dims)
+    return _put(embeddings, top, embeddings.gather(1, top) * 0)
+
+
+@corruptions.register
+def flip_sign_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims) -> Tensor:
+    """The first dimensions change their sign."""
+    return _put(embeddings, slice(dims), -embeddings[:, :dims])
+
+
+@corruptions.register
+def flip_sign_top_k(embeddings: Tensor, generator: Generator, *, dims: Dims) -> Tensor:
+    """Each token's largest dimensions by absolute value change their sign."""
+    top = _largest(embeddings, dims)
+    return _put(embeddings, top, -embeddings.gather(1, top))
+
+
+@corruptions.register
+def add_value_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """The strength is added to the first dimensions."""
+    return _put(embeddings, slice(dims), embeddings[:, :dims].float() + strength)
+
+
+@corruptions.register
+def add_value_least_k(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """The strength is added to each token's smallest dimensions by value."""
+    least = embeddings.topk(dims, dim=1, largest=False).indices
+    return _put(embeddings, least, embeddings.gather(1, least).float() + strength)
+
+
+@corruptions.register
+def sub_value_first_n(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """The strength is subtracted from the first dimensions."""
+    return _put(embeddings, slice(dims), embeddings[:, :dims].float() - strength)
+
+
+@corruptions.register
+def sub_value_top_k(embeddings: Tensor, generator: Generator, *, dims: Dims = 1, strength: Strength) -> Tensor:
+    """The strength is subtracted from each token's largest dimensions by value."""
+    top = embeddings.topk(dims, dim=1).indices
+    return _put(embeddings, top, embeddings.gather(1, top).float() - strength)
+
+
+@corruptions.register
+def reverse_order(embeddings: Tensor, generator: Generator) -> Tensor:
+    """The selected tokens' embeddings stand in reverse order."""
+    return embeddings.flip(0)
+
+
+@corruptions.register
+def shuffle(embeddings: Tensor, generator: Generator) -> Tensor:
+    """The selected tokens' embeddings stand in random order."""
+    import torch
+
+    order = torch.randperm(embeddings.shape[0], generator=generator)
+    return embeddings[order.to(embeddings.device)]

@@ -1,0 +1,384 @@
+"""Rows from the Hugging Face Hub or from local files, seeded samples and splits, and prompt templates."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from ecoprompt.registry import EcopromptError, InputError, nearest
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ENVIRONMENT = "ECOPROMPT_DATA"
+
+_MOST_PROBLEMS = 5
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_EXPECTED = {str: "text", list: "a list of at least one text", object: "a value"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out)."""
+
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    path: str | None = None
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The source in words, for messages."""
+        return self.path or ", ".join(part for part in (self.hub, self.config, self.split) if part)
+
+
+class Rows(list[Row]):
+    """Rows that know their places: `place(i)` is "file:line" or "data set: row i" of the row at index i."""
+
+    def __init__(self, rows: Iterable[Row], origin: str, lines: Sequence[int] | None = None) -> None:
+        super().__init__(rows)
+        self.origin = origin
+        self._lines = lines
+
+    def place(self, index: int) -> str:
+        """Where the row at `index` stands; lines and rows are counted from 1."""
+        return f"{self.origin}:{self._lines[index]}" if self._lines else f"{self.origin}: row {index + 1}"
+
+
+def load_rows(source: Source, root: Path | None = None) -> list[Row]:
+    """All rows of `source`, from a local file if there is one, else from the Hub (or its cache).
+
+    Files are looked for under `root`, else under the folder that ECOPROMPT_DATA names. Raises
+    InputError for a bad file and EcopromptError where the data can be had from nowhere.
+    """
+    path = local_file(source, root)
+    return _read(path) if path is not None else _download(source, root)
+
+
+def count_rows(source: Source, root: Path | None = None) -> int | None:
+    """The number of rows of a local source, None for one that is not local; never asks the network."""
+    path = local_file(source, root)
+    return len(_read(path)) if path is not None else None
+
+
+def local_file(source: Source, root: Path | None = None) -> Path | None:
+    """The file that holds `source`, None if it has to come from the Hub."""
+    if source.path is not None:
+        return _file(Path(source.path))
+    for folder in _folders(source, _root(root)):
+        for suffix in SUFFIXES:
+            path = folder / f"{_stem(source)}{suffix}"
+            if path.is_file():
+                return path
+    return None
+
+
+def sample(rows: Sequence[T], limit: int | None, seed: int) -> list[tuple[int, T]]:
+    """At most `limit` rows with their indices, in their original order; a smaller sample is part of a larger one."""
+    if limit is None or limit >= len(rows):
+        return list(enumerate(rows))
+    return [(index, rows[index]) for index in sorted(_shuffled(len(rows), seed)[:limit])]
+
+
+def split(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """(the rest, the held-out `fraction` of the rows), drawn by seed, both in their original order."""
+    if not 0 <= fraction <= 1:
+        raise InputError(f"found {fraction} as the part of the rows to hold out, expected a number from 0 to 1")
+    held_out = set(_shuffled(len(rows), seed)[: round(fraction * len(rows))])
+    kept = [row for index, row in enumerate(rows) if index not in held_out]
+    return kept, [rows[index] for index in sorted(held_out)]
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
+
+
+def check_columns(rows: Sequence[Row], source: Source, columns: Mapping[str, type]) -> None:
+    """Raises InputError that names the first bad rows with what was found and what was expected.
+
+    `str` asks for a text, `list` for a list of at least one text, `object` for anything but null.
+    """
+    if not isinstance(rows, Rows):
+        rows = Rows(rows, source.label)
+    absent = [name for name in columns if not any(name in row for row in rows)]
+    problems = [f"{rows.origin}: in all rows {_mismatch(rows[0], name, columns[name])}" for name in absent if rows]
+    for index, row in enumerate(rows):
+        for name, kind in columns.items():
+            found = None if name in absent else _mismatch(row, name, kind)
+            if found is not None:
+                problems.append(f"{rows.place(index)}: {found}")
+    if problems:
+        _refuse(problems)
+
+
+def _mismatch(row: Row, name: str, kind: type) -> str | None:
+    """What is wrong with column `name` of `row`, None if nothing is."""
+    expected = _EXPECTED.get(kind, _KINDS.get(kind, kind.__name__))
+    if name not in row:
+        return f"found no column '{name}', expected {expected}; {nearest(name, row)}"
+    value = row[name]
+    if kind is str:
+        right = _is_text(value)
+    elif kind is list:
+        right = isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    elif kind is object:
+        right = value is not None
+    else:
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return None if right else f"column '{name}': found {_show(value)}, expected {expected}"
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that is not blank and that UTF-8 can hold (JSON allows lone surrogates)."""
+    try:
+        return isinstance(value, str) and value.strip() != "" and value.encode() != b""
+    except UnicodeEncodeError:
+        return False
+
+
+def _show(value: object) -> str:
+    """A value as JSON, shortened, with its kind."""
+    text = json.dumps(value, default=str)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    if value is None or isinstance(value, bool):
+        return text
+    return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"
+
+
+def _refuse(problems: Sequence[str]) -> NoReturn:
+    more = len(problems) - _MOST_PROBLEMS
+    raise InputError(*problems[:_MOST_PROBLEMS], *([f"and {more} more problems of this kind"] if more > 0 else []))
+
+
+def _root(root: Path | None) -> Path | None:
+    """The folder of local data sets; a folder that was named and is not there is a mistake."""
+    named = root or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    if named is not None and not named.is_dir():
+        key = "[data] root" if root else ENVIRONMENT
+        raise InputError(f"{key}: found no folder '{named}', expected one that holds data sets; {_neighbour(named)}")
+    return named
+
+
+def _neighbour(path: Path) -> str:
+    """What stands beside a path that is not there."""
+    if not path.parent.is_dir():
+        return f"'{path.parent}' is not there either"
+    return nearest(path.name, [other.name for other in path.parent.iterdir()])
+
+
+def _stem(source: Source) -> str:
+    return source.config or source.split
+
+
+def _folders(source: Source, root: Path | None) -> list[Path]:
+    if root is None or source.hub is None:
+        return []
+    name = source.hub.rpartition("/")[2]
+    return [root / source.hub, root / name, root / name.lower()]
+
+
+def _file(path: Path) -> Path:
+    """`path`, or the first of `path` with a known suffix; raises InputError if there is none."""
+    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)):
+        if candidate.is_file():
+            return candidate
+    found = "a folder" if path.is_dir() else "no file"
+    hint = f"it holds {', '.join(sorted(p.name for p in path.iterdir())[:8])}" if path.is_dir() else _neighbour(path)
+    raise InputError(f"{path}: found {found} of this name, expected a {', '.join(SUFFIXES)} file; {hint}")
+
+
+def _read(path: Path) -> Rows:
+    readers = dict(zip(SUFFIXES, (_read_json_lines, _read_json, _read_csv, _read_parquet), strict=True))
+    if path.suffix not in readers:
+        raise InputError(f"{path}: found a file of an unknown kind, expected {', '.join(SUFFIXES)}")
+    try:
+        rows = readers[path.suffix](path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not rows:
+        raise InputError(f"{path}: found no rows, expected at least one")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, ended by line feeds only: texts may hold other Unicode line separators."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            yield number, _decoded(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+
+
+def _decoded(path: Path, line: int, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line += raw[: error.start].count(b"\n")
+        found = f"byte 0x{raw[error.start]:02x} that is not UTF-8"
+        raise InputError(f"{path}:{line}: found {found}, expected UTF-8 text") from None
+
+
+def _read_json_lines(path: Path) -> Rows:
+    rows, numbers, problems = [], [], []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}:{number}: found {_not_json(error)}, expected one JSON object a line")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+            numbers.append(number)
+        else:
+            problems.append(f"{path}:{number}: found {_show(row)}, expected one JSON object a line")
+    if problems:
+        _refuse(problems)
+    return Rows(rows, str(path), numbers)
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"text that is not JSON ({error.msg.lower()} at column {error.colno})"
+    return "JSON that is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _read_json(path: Path) -> Rows:
+    """A JSON list of objects, or JSON Lines under this suffix, as files on the Hub often are."""
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not raw.lstrip().startswith(b"["):
+        return _read_json_lines(path)
+    try:
+        values = json.loads(_decoded(path, 1, raw))
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise InputError(f"{path}:{line}: found {_not_json(error)}, expected a list of JSON objects") from None
+    wrong = [
+        f"{path}: row {number}: found {_show(value)}, expected a JSON object"
+        for number, value in enumerate(values, 1)
+        if not isinstance(value, dict)
+    ]
+    if wrong:
+        _refuse(wrong)
+    return Rows(values, str(path))
+
+
+def _read_csv(path: Path) -> Rows:
+    rows: list[Row] = []
+    numbers: list[int] = []
+    problems: list[str] = []
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        start = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                problems.append(f"{path}:{start}: found {len(cells)} cells, expected {len(header)} as in the header")
+            elif cells:
+                rows.append(dict(zip(header, cells, strict=True)))
+                numbers.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: found a row that is not CSV ({error}), expected cells") from None
+    if problems:
+        _refuse(problems)
+    return Rows(rows, str(path), numbers)
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return Rows(parquet.read_table(path).to_pylist(), str(path))
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: found a file that is not Parquet ({error}), expected Parquet") from None
+
+
+def _download(source: Source, root: Path | None) -> Rows:
+    try:
+        import datasets
+
+        loaded = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        return Rows([dict(row) for row in loaded], source.label)
+    # Whatever goes wrong between here and the Hub (network, access, a misspelt name), the remedy is the same.
+    except Exception as error:
+        raise EcopromptError(_unavailable(source, root, error)) from error
+
+
+def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    folders = _folders(source, _root(root))
+    there = next((folder for folder in folders if folder.is_dir()), None)
+    if there is not None:
+        names = [path.stem for path in there.iterdir() if path.suffix in SUFFIXES]
+        looked = f"'{there}' has no '{_stem(source)}' in it; {nearest(_stem(source), names)}"
+    elif folders:
+        looked = f"looked for the folders {', '.join(str(folder) for folder in folders)}"
+    else:
+        looked = "no folder of local data sets is named"
+    offline = " (HF_HUB_OFFLINE is set: only what was downloaded before is found)" if _offline() else ""
+    return (
+        f"data set '{source.label}' is neither here nor could it be had from the Hub: {reason}{offline}\n"
+        f"To read it from files, put {_stem(source)}.jsonl into DIR/{source.hub} and name DIR in {ENVIRONMENT} or "
+        f"[data] root ({looked}); or run where the network reaches huggingface.co."
+    )
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """`template` (Jinja, sandboxed) rendered with `values`; raises InputError for a name that is not among them."""
+    import jinja2
+
+    try:
+        return _template(template).render(values)
+    except jinja2.UndefinedError as error:
+        unknown = sorted(template_names(template) - set(values))
+        hints = [f"'{name}' ({nearest(name, values)})" for name in unknown] or [str(error)]
+        raise InputError(f"template '{template}': found the unknown name {', '.join(hints)}") from None
+    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
+        raise InputError(f"template '{template}': cannot be filled ({error})") from None
+
+
+def template_names(template: str, *, printed: bool = False) -> set[str]:
+    """The names that `template` uses; with `printed`, only those that it prints as they are: {{ name }}."""
+    import jinja2
+    from jinja2 import meta, nodes
+
+    try:
+        tree = _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"template '{template}': found what is not Jinja ({error.message})") from None
+    names = meta.find_undeclared_variables(tree)
+    if not printed:
+        return names
+    return names & {
+        part.name for output in tree.find_all(nodes.Output) for part in output.nodes if isinstance(part, nodes.Name)
+    }
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(template: str) -> Template:
+    return _environment().from_string(template)

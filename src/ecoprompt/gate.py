@@ -1,0 +1,400 @@
+"""Gates: classifiers that say how likely a prompt asks about what must be forgotten, and their thresholds."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import re
+import tomllib
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+
+import numpy as np
+import tomli_w
+from pydantic import Field
+
+from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
+
+
+@dataclass(frozen=True)
+class GateTexts:
+    """Prompts to train a gate on: those to be flagged and those to be let through."""
+
+    positive: list[str]
+    negative: list[str]
+
+
+class Gate(Protocol):
+    """Scores in 0..1 for prompts, 1 for what must be forgotten; of a long text, the highest of its windows counts."""
+
+    @property
+    def kind(self) -> str: ...
+    def score(self, texts: Sequence[str]) -> np.ndarray: ...
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class LinearGate:
+    """Logistic regression on which hashed n-grams of words and of letters occur in a window of `window` words.
+
+    Reads letters and digits alone: case, accents, punctuation and white space change no score. Whether an n-gram
+    occurs counts, not its share of the text, so that words around a question do not dilute it.
+    """
+
+    weights: np.ndarray
+    intercept: float
+    word_ngrams: int
+    char_ngrams: int
+    window: int
+    kind: ClassVar[str] = "linear"
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """[N] scores, each the same whatever else is in `texts`; 0 for a text without any letter or digit."""
+        windows = [_word_windows(text, self.window) for text in texts]
+        flat = [window for group in windows for window in group]
+        if not flat:
+            return np.zeros(len(texts))
+        features = _ngrams(flat, self.word_ngrams, self.char_ngrams, len(self.weights))
+        logits = features @ self.weights.astype(np.float64) + self.intercept
+        return _highest(np.exp(-np.logaddexp(0.0, -logits)), windows)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights (safetensors) and what the features depend on (TOML)."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"weights": self.weights, "intercept": np.array([self.intercept])}, folder / WEIGHTS)
+        settings = {name: getattr(self, name) for name in ("kind", "word_ngrams", "char_ngrams", "window")}
+        (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> LinearGate:
+        """The gate that `save` wrote to `folder`. Raises InputError if it is damaged."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"))
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            weights, intercept = tensors["weights"], float(tensors["intercept"].item())
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{folder / WEIGHTS}: not the weights of a linear gate ({error})") from None
+        if weights.ndim != 1 or len(weights) < 2 or len(weights) % 2 or not np.isfinite(weights.sum() + intercept):
+            raise InputError(f"{folder / WEIGHTS}: expected an even number of finite weights, found {weights.shape}")
+        return cls(weights, intercept, **settings)
+
+
+@gates.register
+def linear(
+    data: GateTexts | None,
+    seed: int,
+    progress: Progress = quiet,
+    *,
+    word_ngrams: Count = 2,
+    char_ngrams: Annotated[int, Field(ge=3)] = 5,
+    features: Annotated[int, Field(ge=2, multiple_of=2)] = 2**18,
+    c: Size = 1.0,
+    window: Annotated[int, Field(ge=2)] = 64,
+    edits: bool = True,
+) -> LinearGate:
+    """Trained in seconds on a CPU: n-grams of 1 to `word_ngrams` words and of 3 to `char_ngrams` letters.
+
+    Half of the `features` hash the words, half the letters; `c` is the inverse strength of the regularisation.
+    With `edits`, each text is learned from a second time with typing errors and a third time without punctuation.
+    Classes weigh the same whatever their sizes. Every window of a training text carries the text's label.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    data = _trainable(data)
+    progress("training the gate", 0, 1)
+    texts = [(text, 1) for text in data.positive] + [(text, 0) for text in data.negative]
+    if edits:
+        edited = [(small_edits(text, ~seed), label) for text, label in texts]  # a caller tests it with those of `seed`
+        texts += [(edit[name], label) for name in ("typos", "no_punctuation") for edit, label in edited]
+    rows = [(part, label) for text, label in texts for part in _word_windows(text, window)]
+    labels = [label for _, label in rows]
+    if len(set(labels)) < 2:
+        raise InputError("the gate's prompts to flag, or those to let through, have not a single letter or digit")
+    inputs = _ngrams([part for part, _ in rows], word_ngrams, char_ngrams, features)
+    fitted = LogisticRegression(C=c, class_weight="balanced", tol=1e-6, max_iter=10_000).fit(inputs, labels)
+    progress("training the gate", 1, 1)
+    # Rounded before the first use, so that the gate scores the same after it was saved and loaded.
+    weights = fitted.coef_[0].astype(np.float32)
+    return LinearGate(weights, float(fitted.intercept_[0]), word_ngrams, char_ngrams, window)
+
+
+def _normalise(text: str) -> str:
+    """`text` as words of folded letters and digits with single spaces between."""
+    text = text.casefold()
+    if not text.isascii():
+        decomposed = unicodedata.normalize("NFKD", text)
+        # Format characters, such as a zero-width space or a soft hyphen, split words without being seen.
+        text = "".join(x for x in decomposed if not unicodedata.combining(x) and unicodedata.category(x) != "Cf")
+        text = text.casefold()
+    return " ".join(re.findall(r"[^\W_]+", text))
+
+
+def _word_windows(text: str, size: int) -> list[str]:
+    """The normalised words of `text` in windows of `size` that overlap by half and end with the text; maybe none."""
+    words = _normalise(text).split()
+    if len(words) <= size:
+        return [" ".join(words)] if words else []
+    last = len(words) - size
+    starts = [*range(0, last, size - size // 2), last]
+    return [" ".join(words[start : start + size]) for start in starts]
+
+
+def _ngrams(windows: Sequence[str], word_ngrams: int, char_ngrams: int, features: int) -> csr_matrix:
+    """[windows, features] signed indicators of the n-grams; hashing needs no vocabulary, so nothing is fitted."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    vectorizer = functools.partial(HashingVectorizer, lowercase=False, norm=None, binary=True, n_features=features // 2)
+    words = vectorizer(token_pattern=r"\S+", ngram_range=(1, word_ngrams))
+    letters = vectorizer(analyzer="char_wb", ngram_range=(3, char_ngrams))
+    return hstack([words.transform(windows), letters.transform(windows)], format="csr")
+
+
+class TransformerGate:
+    """A sequence classifier with two labels, of which the second (index 1) is to be forgotten."""
+
+    kind = "transformer"
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, batch_size: int) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_length, self.batch_size = max_length, batch_size
+        if model.config.num_labels != 2:
+            raise InputError(f"the gate's classifier has {model.config.num_labels} labels, expected 2")
+        if not tokenizer.is_fast:
+            raise InputError("the gate's classifier has no fast tokenizer, so a long prompt cannot be cut into windows")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        self.window = min(max_length, tokenizer.model_max_length, _positions(model))
+        if self.window - tokenizer.num_special_tokens_to_add() < 2:
+            raise InputError(f"'max_length': the gate's windows of {self.window} tokens leave no room for text")
+
+    def windows(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """The token ids of each text, in windows that overlap by half."""
+        if not texts:
+            return []
+        room = self.window - self.tokenizer.num_special_tokens_to_add()
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=self.window, stride=room // 2, return_overflowing_tokens=True
+        )
+        found: list[list[list[int]]] = [[] for _ in texts]
+        for ids, text in zip(encoded["input_ids"], encoded["overflow_to_sample_mapping"], strict=True):
+            found[text].append(ids)
+        return found
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """[N] scores, each the same but for rounding whatever else is in `texts`. Raises EcopromptError on NaN."""
+        import torch
+
+        windows = self.windows(texts)
+        flat = [window for group in windows for window in group]
+        scores = np.zeros(len(flat))
+        order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad({"input_ids": [flat[i] for i in rows]}, return_tensors="pt")
+            with torch.inference_mode():
+                logits = self.model(**batch.to(self.model.device)).logits
+            scores[rows] = logits.double().softmax(-1)[:, 1].cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise EcopromptError("the gate's classifier gives scores that are not numbers")
+        return _highest(scores, windows)
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder (safetensors, tokenizer) and the gate's own settings (TOML)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        settings = {name: getattr(self, name) for name in ("kind", "max_length", "batch_size")}
+        (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TransformerGate:
+        """The gate that `save` wrote to `folder`. Raises InputError if it is damaged."""
+        return _pretrained(str(folder), **_settings(folder, "transformer", ("max_length", "batch_size")))
+
+
+@gates.register
+def transformer(
+    data: GateTexts | None,
+    seed: int,
+    progress: Progress = quiet,
+    *,
+    classifier: str | None = None,
+    base: str = "FacebookAI/roberta-base",
+    epochs: Count = 30,
+    batch_size: Count = 16,
+    learning_rate: Size = 2e-5,
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1,
+    warmup_ratio: Share = 0.1,
+    beta1: Share = 0.9,
+    beta2: Share = 0.98,
+    epsilon: Size = 1e-6,
+    max_length: Count = 512,
+    select_at: Share = 0.5,
+) -> TransformerGate:
+    """A published `classifier`, loaded as it is, or else `base` fine-tuned with AdamW and a cosine schedule.
+
+    The defaults are the paper's. The loss weighs each class by its inverse frequency, and the epoch kept is the one
+    that misses the fewest training prompts to flag at the threshold `select_at`, then flags the fewest others.
+    Every window of a training text carries the text's label.
+    """
+    if classifier is not None:
+        return _pretrained(classifier, max_length, batch_size)
+    data = _trainable(data)
+    from transformers import set_seed
+
+    from ecoprompt.gate_training import fine_tune
+
+    set_seed(seed)
+    gate = _pretrained(base, max_length, batch_size, num_labels=2, id2label={0: "retain", 1: "forget"})
+    sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size, "seed": seed}
+    schedule = {"num_train_epochs": epochs, "learning_rate": learning_rate, "warmup_steps": warmup_ratio}
+    adam = {"weight_decay": weight_decay, "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon}
+    windows = gate.windows([*data.positive, *data.negative])
+    fine_tune(gate.model, gate.tokenizer, windows, len(data.positive), progress, select_at, sizes | schedule | adam)
+    return gate
+
+
+def _pretrained(name: str, max_length: int, batch_size: int, **head: Any) -> TransformerGate:
+    """The classifier `name`, a Hub id or a folder; no code of its repository is run, no pickle is opened."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loader = transformers.AutoModelForSequenceClassification
+        model = loader.from_pretrained(name, dtype=torch.float32, **safe, **head)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the gate's classifier '{name}' cannot be loaded ({str(error).splitlines()[0]}): get it with "
+            f"'hf download {name}' where there is a network, or give the folder of one with safetensors weights"
+        ) from None
+    return TransformerGate(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, max_length, batch_size)
+
+
+def _positions(model: Any) -> int:
+    """How many tokens `model` has positions for; RoBERTa's begin after the padding index."""
+    embedding = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embedding, "padding_idx", None)
+    positions: int = getattr(model.config, "max_position_embeddings", 2**31)
+    return positions if padding is None else positions - padding - 1
+
+
+def _trainable(data: GateTexts | None) -> GateTexts:
+    if data is None or not data.positive or not data.negative:
+        raise InputError("training a gate needs prompts to be flagged and prompts to be let through")
+    return data
+
+
+def _highest(scores: np.ndarray, windows: Sequence[Sequence[Any]]) -> np.ndarray:
+    """[N] the highest of each text's window scores, which lie one after another in `scores`; 0 without a window."""
+    ends = np.cumsum([len(group) for group in windows], dtype=int)
+    return np.array([scores[end - len(group) : end].max(initial=0.0) for group, end in zip(windows, ends, strict=True)])
+
+
+LOADERS: dict[str, Callable[[Path], Gate]] = {"linear": LinearGate.load, "transformer": TransformerGate.load}
+
+
+def load_gate(folder: Path, kind: str) -> Gate:
+    """The gate of that kind that `Gate.save` wrote to `folder`. Raises InputError if there is none."""
+    if kind not in LOADERS:
+        raise InputError(f"there is no gate kind '{kind}'; {nearest(kind, LOADERS)}")
+    return LOADERS[kind](folder)
+
+
+def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
+    """The whole numbers `names` of a saved gate of that kind."""
+    path = folder / SETTINGS
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not the settings of a gate ({error})") from None
+    if settings.get("kind") != kind:
+        raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
+    wrong = [name for name in names if type(settings.get(name)) is not int or settings[name] < 1]
+    if wrong:
+        raise InputError(*(f"{path}: '{name}': found {settings.get(name)!r}, expected a number >= 1" for name in wrong))
+    return {name: settings[name] for name in names}
+
+
+def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, list[str]]:
+    """`data` without a random share `held_out` of its negative prompts, and these, to calibrate the threshold on.
+
+    A prompt that occurs several times (up to case, punctuation and spaces) counts once, so none is on both sides.
+    """
+    unique = list({_normalise(text) or text: text for text in data.negative}.values())
+    held = round(held_out * len(unique))
+    if not 0 < held < len(unique):
+        raise InputError(
+            f"'held_out': a share of {held_out} of {len(unique)} different prompts leaves nothing on one side"
+        )
+    order = np.random.default_rng(seed).permutation(len(unique))
+    rest, out = ([unique[i] for i in sorted(part)] for part in (order[held:], order[:held]))
+    return GateTexts(data.positive, rest), out
+
+
+def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float) -> float:
+    """The ceil((n + 1)(1 - a))-th smallest of n held-out scores: a new prompt scores higher with probability <= a.
+
+    Split conformal prediction (Vovk et al., 2005); it holds on average over exchangeable prompts. Raises InputError
+    if n < 1/a - 1, as then no score is high enough.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise InputError(f"'false_positive_rate': found {false_positive_rate}, expected a number between 0 and 1")
+    # In decimal fractions, as 1 - a is not exact in floating point and the rank must not be off by one.
+    rate, n = Fraction(str(float(false_positive_rate))), len(negative_scores)
+    if n < (needed := math.ceil(1 / rate) - 1):
+        raise InputError(f"'false_positive_rate': {false_positive_rate} needs {needed} held-out prompts, found {n}")
+    return float(np.sort(negative_scores)[math.ceil((n + 1) * (1 - rate)) - 1])
+
+
+def error_rates(gate: Gate, threshold: float, positive: Sequence[str], negative: Sequence[str]) -> dict[str, Any]:
+    """How many of `negative` are flagged and how many of `positive` are not, as numbers and rates (None of none)."""
+    alarms = int((gate.score(negative) > threshold).sum())
+    misses = int((gate.score(positive) <= threshold).sum())
+    return {
+        "false_positives": alarms,
+        "false_positive_rate": alarms / len(negative) if negative else None,
+        "false_negatives": misses,
+        "false_negative_rate": misses / len(positive) if positive else None,
+    }
+
+
+def small_edits(text: str, seed: int) -> dict[str, str]:
+    """`text` as a careless writer would type it: five edits, by name, the same ones for the same seed."""
+    generator = random.Random(f"{seed} {text}")
+
+    def typo(match: re.Match[str]) -> str:
+        word, i = match[0], generator.randrange(1, len(match[0]) - 2)
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+
+    return {
+        "lower_case": text.lower(),
+        "upper_case": text.upper(),
+        "no_punctuation": "".join(x for x in text if not unicodedata.category(x).startswith("P")),
+        "typos": re.sub(r"[^\W\d_]{5,}", typo, text),
+        "extra_spaces": re.sub(r"\s+", "  ", text),
+    }

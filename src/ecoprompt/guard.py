@@ -1,0 +1,336 @@
+"""Attaches a forget spec to a model; the only module that touches a model's forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoprompt.forget import Decision, Forget, load_forget
+from ecoprompt.registry import InputError, UnguardedError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODES = ("greedy_search", "sample")
+"""The modes of `generate` that are guarded; another one raises before the model sees the prompt."""
+CACHES = (None, "dynamic", "dynamic_full")
+REMEMBERED = 1 << 14
+"""How many prompts' decisions are kept, so that the gate sees a repeated prompt once."""
+
+
+def guard(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget | str | Path
+) -> Guard:
+    """A guard for `model`, to be used in a `with` block: inside it every call of the model is gated.
+
+    `forget` is a Forget object, a recipe, a pack folder or a Hub id. Raises InputError for a model that cannot be
+    guarded; calls inside the block that cannot be gated raise UnguardedError.
+    """
+    return Guard(model, tokenizer, forget if isinstance(forget, Forget) else load_forget(str(forget)))
+
+
+@dataclass
+class _Call:
+    """One forward of the model: where each row's tokens stand (columns), and what was decided of the row."""
+
+    input_ids: Tensor
+    rows: list[tuple[list[int], Decision]] = field(default_factory=list)
+    embedded: bool = False
+
+    @property
+    def flagged(self) -> bool:
+        return any(decision.flagged for _, decision in self.rows)
+
+
+@dataclass
+class _Generation:
+    """One call of `generate`: the attention mask it was given, and once prefilled the prompt's ids [B, P]."""
+
+    attention_mask: Tensor | None
+    prompt: Tensor | None = None
+    rows: list[tuple[list[int], Decision]] = field(default_factory=list)
+
+
+class _State(threading.local):
+    """What is under way in this thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.generation: _Generation | None = None
+        self.lengths: Sequence[int] | None = None
+
+
+class Guard:
+    """A forget spec attached to a model while the `with` block lasts.
+
+    `decisions` are those of the latest prompts, one for each row of the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.forget = forget
+        self.decisions: list[Decision] = []
+        self._embedding = _input_embedding(model)
+        forget.check_hidden_size(int(self._embedding.weight.shape[-1]))
+        self._known: OrderedDict[tuple[int, ...], Decision] = OrderedDict()
+        self._state = _State()
+        self._handles: list[Any] = []
+        self._undo_generate: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Guard:
+        if self._handles:
+            raise InputError("this guard is attached already")
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
+            self._embedding.register_forward_hook(self._corrupt),
+            *(
+                module.register_forward_pre_hook(functools.partial(self._refuse_second_path, name))
+                for name, module in _second_embeddings(self.model, self._embedding)
+            ),
+        ]
+        self._undo_generate = self._guard_generate()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._undo_generate()
+
+    def decide(self, prompts: Sequence[Sequence[int]]) -> list[Decision]:
+        """What the gate says of prompts, given as token ids without padding. A prompt is scored once."""
+        keys = [tuple(ids) for ids in prompts]
+        new = list(dict.fromkeys(key for key in keys if key not in self._known))
+        decided = dict(zip(new, self.forget.decide(self.tokenizer, new), strict=True))
+        decided |= {key: self._known[key] for key in keys if key not in decided}
+        self._known.update(decided)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return [decided[key] for key in keys]
+
+    @contextlib.contextmanager
+    def prompt_lengths(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Inside the block, the first `lengths[i]` tokens of row i are its prompt and the rest is a given answer.
+
+        For teacher-forced scoring: the gate judges the prompt alone, and the scope says what becomes of the answer.
+        """
+        self._state.lengths = lengths
+        try:
+            yield
+        finally:
+            self._state.lengths = None
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = _arguments(module, args, kwargs)
+        if arguments.get("inputs_embeds") is not None:
+            raise UnguardedError("a guarded model takes token ids; inputs_embeds cannot be gated")
+        ids = arguments.get("input_ids")
+        if ids is None or ids.dim() != 2:
+            raise UnguardedError("a guarded model needs input_ids of shape [batch, tokens]")
+        generation = self._state.generation
+        if generation is None:
+            call = _Call(ids, self._gate(ids, arguments))
+        elif generation.prompt is None:
+            mask = arguments.get("attention_mask")
+            if not _is_plain_mask(mask, ids):
+                arguments = {**arguments, "attention_mask": generation.attention_mask}
+            call = _Call(ids, self._gate(ids, arguments))
+            generation.prompt, generation.rows = ids, call.rows
+        else:
+            call = _Call(ids, self._continue(ids, generation))
+        self._state.calls.append(call)
+
+    def _gate(self, ids: Tensor, arguments: dict[str, Any]) -> list[tuple[list[int], Decision]]:
+        """Decide every row of a prefill; raises UnguardedError for what is not one whole prompt a row."""
+        for name in ("past_key_values", "cache_params", "past_key_value", "state"):
+            if _is_filled(arguments.get(name)):
+                raise UnguardedError(f"{name} continues a prompt that the guard did not see")
+        columns = self._columns(ids, arguments.get("attention_mask"))
+        _refuse_packed(arguments.get("position_ids"), columns)
+        tokens = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
+        lengths = self._state.lengths
+        if lengths is None:
+            lengths = [len(row) for row in tokens]
+        if len(lengths) != len(tokens) or any(n > len(row) for n, row in zip(lengths, tokens, strict=True)):
+            raise UnguardedError("prompt_lengths does not fit the batch that the model was called with")
+        prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        self.decisions = [
+            self.forget.extend(self.tokenizer, decision, row, length)
+            for decision, row, length in zip(self.decide(prompts), tokens, lengths, strict=True)
+        ]
+        return list(zip(columns, self.decisions, strict=True))
+
+    def _columns(self, ids: Tensor, mask: Any) -> list[list[int]]:
+        """By row, the columns that hold tokens. Without a mask, runs of the padding token at either end are padding."""
+        if mask is not None and not _is_plain_mask(mask, ids):
+            raise UnguardedError("the guard reads attention masks of shape [batch, tokens] only")
+        if mask is not None:
+            return [[column for column, present in enumerate(row) if present] for row in mask.tolist()]
+        pad = self.tokenizer.pad_token_id
+        columns = []
+        for row in ids.tolist():
+            held = [column for column, token in enumerate(row) if token != pad]
+            columns.append(list(range(held[0], held[-1] + 1)) if held else list(range(len(row))))
+        return columns
+
+    def _continue(self, ids: Tensor, generation: _Generation) -> list[tuple[list[int], Decision]]:
+        """What to corrupt once the prompt is prefilled: nothing of one new token; the prompt again without a cache."""
+        assert generation.prompt is not None
+        width = generation.prompt.shape[1]
+        if ids.shape[1] == 1 and width >= 1 and ids.shape[0] == generation.prompt.shape[0]:
+            return []
+        if ids.shape[1] > width and ids.shape[0] == generation.prompt.shape[0]:
+            if bool((ids[:, :width].cpu() == generation.prompt.cpu()).all()):
+                return generation.rows
+        raise UnguardedError("generate took a step that the guard cannot follow")
+
+    def _corrupt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not self._state.calls:
+            raise UnguardedError("the input embedding of a guarded model was called by itself; call the model")
+        call = self._state.calls[-1]
+        if output.shape[:2] != call.input_ids.shape:
+            raise UnguardedError("the model embeds something other than the token ids it was called with")
+        call.embedded = True
+        if not call.flagged:
+            return None
+        corrupted = output.clone()
+        for row, (columns, decision) in enumerate(call.rows):
+            if decision.flagged:
+                corrupted[row, columns] = self.forget.corrupt(output[row, columns], decision)
+        return corrupted
+
+    def _refuse_second_path(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        call = self._state.calls[-1] if self._state.calls else None
+        if call is not None and call.flagged and args and args[0].shape == call.input_ids.shape:
+            if bool((args[0] == call.input_ids).all()):
+                raise UnguardedError(f"'{name}' is a second way from the token ids into this model; it is not supported")
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._state.calls:
+            return  # refused before it began
+        call = self._state.calls.pop()
+        if output is not None and call.flagged and not call.embedded:
+            raise UnguardedError("the model did not use its input embedding, so its answer is not guarded")
+
+    def _guard_generate(self) -> Callable[[], None]:
+        """Wrap `model.generate` so that prefill is told from decoding; returns what takes the wrapper off again."""
+        original = self.model.generate
+        own = "generate" in vars(self.model)
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if not self._handles:
+                return original(*args, **kwargs)
+            self._check_generate(_arguments(original, args, kwargs))
+            outer = self._state.generation
+            self._state.generation = _Generation(kwargs.get("attention_mask"))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._state.generation = outer
+
+        def undo() -> None:
+            if vars(self.model).get("generate") is generate:
+                if own:
+                    self.model.generate = original  # type: ignore[method-assign]
+                else:
+                    del self.model.generate
+
+        self.model.generate = generate  # type: ignore[method-assign]
+        return undo
+
+    def _check_generate(self, arguments: dict[str, Any]) -> None:
+        """Raises UnguardedError for a call of `generate` that is not guarded."""
+        if arguments.get("inputs_embeds") is not None:
+            raise UnguardedError("a guarded model takes token ids; inputs_embeds cannot be gated")
+        for name in ("custom_generate", "negative_prompt_ids", "assistant_model"):
+            if arguments.get(name) is not None:
+                raise UnguardedError(f"generate with {name} is not guarded")
+        if _is_filled(arguments.get("past_key_values")):
+            raise UnguardedError("past_key_values continues a prompt that the guard did not see")
+        given = arguments.get("generation_config") or self.model.generation_config
+        config = copy.deepcopy(given)
+        if given is not self.model.generation_config and hasattr(config, "update"):
+            for name, value in self.model.generation_config.to_diff_dict().items():
+                if getattr(config, name, None) is None:
+                    setattr(config, name, value)
+        config.update(**{name: value for name, value in arguments.items() if hasattr(config, name)})
+        mode = str(config.get_generation_mode(arguments.get("assistant_model")).value)
+        if mode not in MODES:
+            raise UnguardedError(f"generate in mode '{mode}' is not guarded; guarded are: {', '.join(MODES)}")
+        if config.cache_implementation not in CACHES:
+            raise UnguardedError(f"generate with a '{config.cache_implementation}' cache is not guarded")
+        for name in ("prefill_chunk_size", "guidance_scale"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise UnguardedError(f"generate with {name} is not guarded")
+
+
+def _input_embedding(model: PreTrainedModel) -> nn.Module:
+    """The module that turns token ids into embeddings; raises InputError for a model that cannot be guarded."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise InputError(f"{name} is not a transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder; the guard is for decoder-only language models")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise InputError(f"{name} embeds token ids in every layer; a guard of its input embedding would leak")
+    embedding = model.get_input_embeddings()
+    if embedding is None or not hasattr(embedding, "weight"):
+        raise InputError(f"{name} has no input embedding to guard")
+    return embedding
+
+
+def _second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Other embedding tables large enough to hold a vocabulary."""
+    from torch import nn
+
+    enough = embedding.weight.shape[0] // 2
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings >= enough
+    ]
+
+
+def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, those of `**kwargs` among them."""
+    function = getattr(module, "forward", module)
+    bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    return {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
+
+
+def _is_plain_mask(mask: Any, ids: Tensor) -> bool:
+    return getattr(mask, "shape", None) == ids.shape
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens already. What is no cache that says so counts as filled, unless it is empty."""
+    if cache is None:
+        return False
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length()) > 0
+    return not (isinstance(cache, (tuple, list)) and len(cache) == 0)
+
+
+def _refuse_packed(position_ids: Any, columns: list[list[int]]) -> None:
+    """Raises UnguardedError where positions do not count up by one: several prompts packed into a row."""
+    if position_ids is None or getattr(position_ids, "dim", lambda: 0)() != 2:
+        return
+    table = position_ids.tolist()
+    for row, present in enumerate(columns):
+        positions = [table[row if len(table) > 1 else 0][column] for column in present]
+        if any(after - before != 1 for before, after in zip(positions, positions[1:], strict=False)):
+            raise UnguardedError("position_ids pack several prompts into one row, which is not guarded")

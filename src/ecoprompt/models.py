@@ -1,0 +1,333 @@
+"""Models and tokenizers: aliases, loading, fingerprints, chat formatting, and the way from token ids back to text."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import socket
+import tomllib
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecoprompt.registry import EcopromptError, InputError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ecoprompt.recipe import ModelTable
+
+PACKAGE = Path(__file__).parent
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if not loop.first %}\n{% endif %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""For a model whose tokenizer has no chat template: what was said, line by line, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer; equal fingerprints mean equal weights, dtype and prompt format."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+@functools.cache
+def aliases() -> Mapping[str, Mapping[str, str]]:
+    """The names of `models.toml`, each with its `hub` id or package `path` and, at need, a `chat_template`."""
+    with (PACKAGE / "models.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """Where a model's files are (a folder or a Hub id) and the chat template its alias brings.
+
+    Raises InputError if `name` is neither an alias nor an existing folder and cannot be a Hub id.
+    """
+    alias = aliases().get(name)
+    if alias is not None:
+        place = alias["hub"] if "hub" in alias else str(PACKAGE / alias["path"])
+        return place, alias.get("chat_template")
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"model '{name}': this folder holds no config.json, so it is not a saved model")
+        return name, None
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"model '{name}': no such folder, and not a Hub id or an alias; {nearest(name, aliases())}")
+    return name, None
+
+
+def load_model(settings: ModelTable) -> Loaded:
+    """Load the model and tokenizer that `[model]` describes, ready to evaluate."""
+    if settings.name is None:
+        raise InputError("no model is named; give [model] name, or --model")
+    place, template = resolve(settings.name)
+    if not Path(place).is_dir():
+        _check_reachable(settings.name, place)
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    options: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
+    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if cuda else "float32")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        if settings.quantization:
+            options["quantization_config"] = _quantization(settings.quantization)
+        if settings.attention != "auto" or (cuda and dtype != "float32" and _has_flash_attention()):
+            options["attn_implementation"] = "flash_attention_2" if settings.attention == "auto" else settings.attention
+        if settings.device_map:
+            options["device_map"] = settings.device_map
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(settings.name, place, error) from error
+    if cuda and not settings.device_map and not settings.quantization:
+        model = model.to("cuda")
+    tokenizer.chat_template = settings.chat_template or template or tokenizer.chat_template or PLAIN_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Sampling settings that a model ships are not ours: what a command decodes with is what its options say.
+    ends = model.generation_config.eos_token_id
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Loaded(model.eval(), tokenizer, _fingerprint(place, model, tokenizer, settings, dtype))
+
+
+def _quantization(kind: str) -> Any:
+    import transformers
+
+    return transformers.BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+
+
+def _has_flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+def _check_reachable(name: str, place: str) -> None:
+    """Raise at once where a model is neither cached nor within reach; the Hub's client would try for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if try_to_load_from_cache(place, "config.json") is not None:
+        return
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not os.environ.get("HTTPS_PROXY", os.environ.get("https_proxy")):
+            socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise EcopromptError(
+            f"model '{name}' is not on this machine and the Hub cannot be reached ({error}); download it where there is "
+            f"a network (`hf download {place}`), or name a folder or an alias; {nearest(name, aliases())}"
+        ) from None
+
+
+def _explain(name: str, place: str, error: Exception) -> EcopromptError:
+    """What a user can do about a model that does not load."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    kinds = {type(link).__name__ for link in chain}
+    if "GatedRepoError" in kinds:
+        return InputError(
+            f"model '{name}' is gated: accept its licence at https://huggingface.co/{place} and log in (`hf auth login`)"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return InputError(
+            f"model '{name}': the Hub has no public model '{place}'; {nearest(name, aliases())} "
+            "(for a private one, `hf auth login`)"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return InputError(f"model '{name}': '{place}' has no such revision")
+    if Path(place).is_dir():
+        return EcopromptError(f"model '{name}' does not load: {error}")
+    return EcopromptError(f"model '{name}' does not load: {error}")
+
+
+def _fingerprint(place: str, model: PreTrainedModel, tokenizer: Any, settings: ModelTable, dtype: str) -> str:
+    """A digest of what determines the model's numbers: weights (a local folder's files, or the Hub's commit), format."""
+    digest = hashlib.sha256()
+    commit = getattr(model.config, "_commit_hash", None)
+    if Path(place).is_dir():
+        for path in sorted(Path(place).iterdir()):
+            if path.suffix in {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}:
+                digest.update(f"{path.name}:{_file_digest(path)}\n".encode())
+    else:
+        digest.update(f"{place}@{commit}".encode())
+    attention = getattr(model.config, "_attn_implementation", None)
+    digest.update(repr((dtype, settings.quantization, attention, tokenizer.chat_template, model.device.type)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _file_digest(path: Path, block: int = 1 << 20, samples: int = 64) -> str:
+    """Digest of a file's size and content; of one past 64 MiB, evenly spaced blocks stand for the content."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    step = max(block, size // samples)
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt text of a conversation, up to where the model's next answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], answer: str) -> str:
+    """What the model would write after `render(tokenizer, messages)` to answer `answer`, with what closes its turn:
+    the template's own end of a turn, or the end-of-sequence token where the template writes none."""
+    prompt = render(tokenizer, messages)
+    whole = str(tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False))
+    completion = whole.removeprefix(prompt)
+    before, found, after = completion.partition(answer.strip())
+    if not whole.startswith(prompt) or not found:  # the template rewrites what went before
+        before, after = "", ""
+    if not before and prompt and not prompt[-1].isspace():
+        before = " "
+    return before + answer.strip() + (after.strip() or tokenizer.eos_token or "")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, start: bool = True) -> list[int]:
+    """Token ids of a rendered text; with `start`, what the tokenizer puts before any text unless it stands there."""
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    bos = _leading_token(tokenizer) if start else None
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+@functools.lru_cache(maxsize=64)
+def _leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-sequence token, if the tokenizer puts it before a text by itself."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and list(tokenizer.encode("a"))[:1] == [bos] else None
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of what follows it. The prompt's are those it has alone, as in generation.
+
+    Where a token of the whole text straddles the border (one-word answers of some tokenizers do), the completion is
+    encoded by itself instead.
+    """
+    head = encode(tokenizer, prompt)
+    whole = encode(tokenizer, prompt + completion)
+    tail = whole[len(head) :] if whole[: len(head)] == head else encode(tokenizer, completion, start=False)
+    return head, tail
+
+
+def to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of token ids, special tokens written out, and each token's (start, end) characters in it."""
+    text = _decode(tokenizer, ids)
+    if tokenizer.is_fast:
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if list(again["input_ids"]) == list(ids):
+            return text, [(int(start), int(end)) for start, end in again["offset_mapping"]]
+    lengths = (len(_decode(tokenizer, ids[:count]).rstrip("\ufffd")) for count in range(1, len(ids)))
+    borders = [0, *itertools.accumulate((min(length, len(text)) for length in lengths), max), len(text)]
+    return text, list(itertools.pairwise(borders if ids else [0]))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of a prompt that is gated by itself: characters `start` to `end`, of which `content` is the text said."""
+
+    start: int
+    end: int
+    content: str
+
+
+@dataclass(frozen=True)
+class _ChatFormat:
+    """What a chat template writes around turns: before all, between an answer and the next question, after a question."""
+
+    head: str
+    between: str
+    close: str
+
+    @property
+    def open(self) -> str:
+        """What stands right before every user turn: the common end of `head` and `between`."""
+        pairs = zip(reversed(self.head), reversed(self.between), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        return "".join(character for character, _ in same)[::-1]
+
+
+@functools.lru_cache(maxsize=64)
+def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatFormat | None:
+    """Learn a template's format by rendering markers; None if it cannot be told where a turn begins and ends."""
+    import jinja2
+
+    marks = ["\u27e6first\u27e7", "\u27e6answer\u27e7", "\u27e6second\u27e7"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        rest = render(tokenizer, messages)
+    except (ValueError, jinja2.TemplateError):
+        return None
+    pieces = []
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        pieces.append(piece)
+    learnt = _ChatFormat(head=pieces[0], between=pieces[2], close=rest)
+    told_apart = learnt.open.strip() and learnt.close.strip() and learnt.between != learnt.open
+    return learnt if told_apart and pieces[1].startswith(learnt.close.rstrip()) else None
+
+
+def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
+    """The turns of a rendered conversation (system, user, assistant), found by the tokenizer's own chat template.
+
+    The turns cover the text without a gap. A text that is not such a conversation is one turn.
+    """
+    whole = [Turn(0, len(text), _without_special_tokens(tokenizer, text))]
+    learnt = _chat_format(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
+    if learnt is None or learnt.open not in text:
+        return whole
+    header, _, body = text.partition(learnt.open)
+    rounds = body.split(learnt.between)
+    if not all(learnt.close.rstrip() in part for part in rounds):
+        return whole
+    found: list[Turn] = []
+    position = 0
+    if header + learnt.open != learnt.head:  # somebody's system prompt
+        found.append(Turn(0, len(header), _without_special_tokens(tokenizer, header)))
+        position = len(header)
+    cursor = len(header) + len(learnt.open)
+    for number, part in enumerate(rounds):
+        asked, close, answered = part.partition(learnt.close.rstrip())
+        last = number == len(rounds) - 1
+        end = cursor + len(asked) + len(close)
+        if last:  # text past the last question belongs to it: who wrote it cannot be told
+            content = _without_special_tokens(tokenizer, f"{asked} {answered}").strip()
+            found.append(Turn(position, len(text), content))
+            continue
+        found.append(Turn(position, end, _without_special_tokens(tokenizer, asked)))
+        position = cursor + len(part) + len(learnt.between) - len(learnt.open)
+        found.append(Turn(end, position, _without_special_tokens(tokenizer, answered)))
+        cursor += len(part) + len(learnt.between)
+    return [turn for turn in found if turn.end > turn.start]
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, " ")
+    return text.strip()

@@ -1,0 +1,395 @@
+"""The recipe: one TOML file for one experiment, read strictly, with `--set` and `[sweep]`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ecoprompt.registry import InputError, Registry, benchmarks, corruptions, describe, gates, nearest, selectors
+
+
+class Table(BaseModel):
+    """A table of a recipe: frozen, typed strictly, refusing unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelTable(Table):
+    """How a model is loaded."""
+
+    name: str | None = Field(None, description="alias, Hub id or folder of the model subject to unlearning")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and arithmetic; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash-attn where it is installed and fits, else PyTorch's own"
+    )
+    device_map: str | None = Field(None, description='"auto" spreads a model over several GPUs')
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes (extra `quantization`)")
+    chat_template: str | None = Field(None, description="a Jinja chat template instead of the tokenizer's own")
+    batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="padded tokens of a batch; by itself: 8192 on a CPU, 65536 on a GPU, halved when memory is out"
+    )
+
+
+class DataTable(Table):
+    """What is to be forgotten, and where data is found."""
+
+    forget: str = Field(description="benchmark and forget set, as in `tofu/forget10`; retain set and gate data follow")
+    root: str | None = Field(None, description="folder of local copies of Hub data sets; default: $ECOPROMPT_DATA")
+
+
+class Calibration(Table):
+    """How a gate's threshold is found on held-out prompts."""
+
+    calibrate: Literal["conformal"] = Field(description="split-conformal")
+    false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="the share of prompts that need not be forgotten which may be flagged"
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(0.25, description="share of the retain prompts held out")
+
+
+class GateTable(Table):
+    """The prompt classifier and its threshold; the other keys are the parameters of its kind."""
+
+    kind: str = Field("linear", description="gate kind; `transformer` if `classifier` is given")
+    threshold: Annotated[float, Field(ge=0, le=1)] | Calibration = Field(
+        0.5, description="a prompt is flagged above it; or a table with `calibrate`"
+    )
+    parameters: dict[str, Any] = {}
+
+
+class TokensTable(Table):
+    """The token selector; the other keys are its parameters."""
+
+    select: str = Field("all", description="token selector")
+    scope: Literal["prompt", "sequence"] = Field(
+        "prompt", description="`sequence` corrupts a teacher-forced answer's tokens too, as the paper's tables need"
+    )
+    parameters: dict[str, Any] = {}
+
+
+class CorruptionTable(Table):
+    """The corruption; the other keys are its parameters."""
+
+    method: str = Field(description="corruption function")
+    parameters: dict[str, Any] = {}
+
+
+class RunTable(Table):
+    """One model in one state to evaluate."""
+
+    model: str | None = Field(None, description="another model than `[model] name`")
+    forget: bool = Field(False, description="attach the guard")
+    prefix: str | None = Field(None, description="text put before every prompt; `{{ targets }}` names the forget set's")
+    corruption: CorruptionTable | None = Field(None, description="another corruption than `[corruption]`")
+
+    @model_validator(mode="after")
+    def _corruption_is_guarded(self) -> RunTable:
+        if self.corruption is not None and not self.forget:
+            raise ValueError("a run with its own corruption needs forget = true")
+        return self
+
+
+class EvaluateTable(Table):
+    """A benchmark to evaluate every run on."""
+
+    benchmark: str = Field(description="name of the benchmark")
+    limit: Annotated[int, Field(ge=1)] | dict[str, int] | None = Field(
+        None, description="rows of a seeded sample, for every subset or by subset; default: all rows"
+    )
+
+
+class Recipe(Table):
+    """One experiment. Every command reads its own tables of it."""
+
+    name: str = Field("", pattern=r"^[\w.-]*$", description="names the results; default: the file's name")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of samples, gate training and noise")
+    model: ModelTable = ModelTable()
+    data: DataTable | None = None
+    gate: GateTable = GateTable()
+    tokens: TokensTable = TokensTable()
+    corruption: CorruptionTable | None = None
+    run: dict[str, RunTable] = {}
+    evaluate: list[EvaluateTable] = []
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="dotted key = list of values: one run for each combination"
+    )
+
+    @model_validator(mode="after")
+    def _runs_have_what_they_need(self) -> Recipe:
+        for name, run in self.run.items():
+            if run.model is None and self.model.name is None:
+                raise ValueError(f"[run.{name}] names no model and there is no [model] name")
+            if run.forget and run.corruption is None and self.corruption is None:
+                raise ValueError(f"[run.{name}] has forget = true, but there is no [corruption]")
+            if run.forget and self.data is None and "classifier" not in self.gate.parameters:
+                raise ValueError(f"[run.{name}] has forget = true, but neither [data] forget nor [gate] classifier")
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as the plain tables of a TOML file."""
+        return _flatten(self.model_dump(mode="json", exclude_none=True))
+
+
+# Tables whose remaining keys belong to a registered function: the key that names it, and where it is looked up.
+OPEN: dict[str, tuple[str, Registry]] = {
+    "gate": ("kind", gates),
+    "tokens": ("select", selectors),
+    "corruption": ("method", corruptions),
+}
+SWEPT = ("seed", "model", "gate", "tokens", "corruption", "run")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, resolved: everything that determines its results besides the data."""
+
+    name: str
+    model: ModelTable
+    prefix: str | None = None
+    seed: int | None = None
+    gate: GateTable | None = None
+    tokens: TokensTable | None = None
+    corruption: CorruptionTable | None = None
+
+    @property
+    def guarded(self) -> bool:
+        return self.corruption is not None
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that stand for `parts` in canonical JSON (tables are dumped)."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(reference: str) -> Path:
+    """The file of a recipe given by its path or, wherever one stands, by its shipped name."""
+    path = Path(reference)
+    if path.is_file():
+        return path
+    known = shipped()
+    if path.parent in (Path(), Path("recipes")) and path.name.removesuffix(".toml") in known:
+        return known[path.name.removesuffix(".toml")]
+    what = "is a folder, not a recipe" if path.is_dir() else "there is no such recipe"
+    raise InputError(f"{reference}: {what}; shipped recipes: {nearest(path.name.removesuffix('.toml'), known)}")
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `KEY=VALUE` overrides, and check all of it, every point of its sweep included."""
+    path = find_recipe(reference)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _set(raw, *_parse_override(override))
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Check the plain tables of a recipe; `where` names their source in messages. All mistakes at once."""
+    recipe, problems = _validate(raw)
+    for _, point in _points(raw):
+        problems += _validate(point)[1]
+    if recipe is None or problems:
+        raise InputError(*(f"{where}: {problem}" for problem in dict.fromkeys(problems)))
+    return recipe
+
+
+def parse_model(raw: Mapping[str, Any]) -> ModelTable:
+    """The `[model]` table that a command's options make."""
+    try:
+        return ModelTable.model_validate(dict(raw))
+    except ValidationError as error:
+        raise InputError(*describe(error, ModelTable, "", "a model")) from None
+
+
+def resolve_runs(recipe: Recipe) -> list[Run]:
+    """The runs of a recipe in order; one that a sweep changes is repeated and named `eco[corruption.strength=5]`."""
+    swept: dict[str, dict[str, Run]] = {name: {} for name in recipe.run}
+    for label, raw in _points(recipe.document()):
+        point, problems = _validate(raw)
+        if point is None:
+            raise InputError(*problems)
+        for name, table in point.run.items():
+            swept[name][label] = _resolve(name, table, point)
+    runs: list[Run] = []
+    for name, by_label in swept.items():
+        same = len({digest(_plain(run)) for run in by_label.values()}) == 1
+        for label, run in by_label.items():
+            if same:
+                runs.append(run)
+                break
+            runs.append(Run(**{**vars(run), "name": f"{name}[{label}]"}))
+    return runs
+
+
+def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
+    model = recipe.model.model_copy(update={"name": table.model}) if table.model else recipe.model
+    if not table.forget:
+        return Run(name, model, table.prefix)
+    corruption = table.corruption or recipe.corruption
+    return Run(name, model, table.prefix, recipe.seed, recipe.gate, recipe.tokens, corruption)
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    return {key: value.model_dump(mode="json") if isinstance(value, Table) else value for key, value in vars(run).items()}
+
+
+def _points(raw: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Each combination of a sweep as (label, tables without the sweep); without a sweep the one point `""`."""
+    sweep = raw.get("sweep") or {}
+    if not isinstance(sweep, Mapping) or not all(isinstance(v, list) and v for v in sweep.values()):
+        return  # the schema reports it
+    for values in itertools.product(*sweep.values()):
+        point = copy.deepcopy({key: value for key, value in raw.items() if key != "sweep"})
+        for key, value in zip(sweep, values, strict=True):
+            _set(point, key.split("."), value)
+        yield ",".join(f"{key}={_show(value)}" for key, value in zip(sweep, values, strict=True)), point
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    """`corruption.strength=50` as its key path and its value, typed as TOML; a bare word is a string."""
+    key, equals, value = override.partition("=")
+    try:
+        path = _path(tomllib.loads(f"{key.strip()} = 0"))
+    except tomllib.TOMLDecodeError:
+        path = []
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected KEY=VALUE, as in corruption.strength=50")
+    try:
+        return path, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        if any(mark in value for mark in "\"'[]{}\n"):
+            raise InputError(f"--set {override}: '{value}' is not a TOML value") from None
+        return path, value
+
+
+def _path(table: Any) -> list[str]:
+    path = []
+    while isinstance(table, dict):
+        ((key, table),) = table.items()
+        path.append(key)
+    return path
+
+
+def _set(raw: Any, path: Sequence[str], value: Any) -> None:
+    """Set the key at `path`, in every entry where a list of tables lies on the way."""
+    if isinstance(raw, list):
+        for entry in raw:
+            _set(entry, path, value)
+    elif isinstance(raw, dict) and len(path) == 1:
+        raw[path[0]] = value
+    elif isinstance(raw, dict):
+        _set(raw.setdefault(path[0], {}), path[1:], value)
+    else:
+        raise InputError(f"'{'.'.join(path)}' cannot be set: what it stands under is not a table")
+
+
+def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or all that is wrong with it."""
+    tables, problems = _bind_open_tables(raw)
+    for key in tables.get("sweep") or {}:
+        if key.split(".")[0] not in SWEPT:
+            problems.append(f"'sweep.{key}': cannot be swept; what can: {', '.join(SWEPT)}")
+    problems += _check_benchmarks(raw)
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as error:
+        return None, describe(error, Recipe, "", "a recipe") + problems
+    return recipe, problems
+
+
+def _bind_open_tables(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`raw` with the parameters of each open table set apart, checked and completed; and what is wrong with them."""
+    tables = dict(raw)
+    problems: list[str] = []
+    for name in OPEN:
+        if name in raw:
+            tables[name], found = _bind(name, name, raw[name])
+            problems += found
+    if isinstance(raw.get("run"), dict):
+        tables["run"] = dict(raw["run"])
+        for run, table in raw["run"].items():
+            if isinstance(table, dict) and "corruption" in table:
+                bound, found = _bind("corruption", f"run.{run}.corruption", table["corruption"])
+                tables["run"][run] = {**table, "corruption": bound}
+                problems += found
+    return tables, problems
+
+
+def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
+    if not isinstance(table, dict):
+        return table, []
+    choice, registry = OPEN[name]
+    own = {"gate": GateTable, "tokens": TokensTable, "corruption": CorruptionTable}[name].model_fields
+    closed = {key: value for key, value in table.items() if key in own and key != "parameters"}
+    parameters = {key: value for key, value in table.items() if key not in closed}
+    if name == "gate" and "classifier" in parameters:
+        closed.setdefault("kind", "transformer")
+    chosen = closed.get(choice, own[choice].default)
+    if not isinstance(chosen, str):
+        return {**closed, "parameters": {}}, []
+    if chosen not in registry:
+        return closed, [f"'{where}.{choice}': there is no {registry.kind} '{chosen}'; {nearest(chosen, registry)}"]
+    try:
+        return {**closed, "parameters": registry.bind(chosen, parameters, where)}, []
+    except InputError as error:
+        return closed, list(error.problems)
+
+
+def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the names of benchmarks and of the forget set."""
+    problems = []
+    entries = raw.get("evaluate")
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        name = entry.get("benchmark") if isinstance(entry, dict) else None
+        if isinstance(name, str) and name not in benchmarks:
+            problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
+    data = raw.get("data")
+    forget = data.get("forget") if isinstance(data, dict) else None
+    if isinstance(forget, str):
+        name, _, forget_set = forget.partition("/")
+        if name not in benchmarks:
+            problems.append(f"'data.forget': no benchmark '{name}'; {nearest(name, benchmarks)}")
+        elif forget_set not in benchmarks[name].forget_sets:
+            known = [f"{name}/{known}" for known in benchmarks[name].forget_sets]
+            problems.append(f"'data.forget': no forget set '{forget}'; {nearest(forget, known)}")
+    return problems
+
+
+def _flatten(value: Any) -> Any:
+    """Plain tables with the keys of `parameters` back beside those of their table, and empty tables left out."""
+    if isinstance(value, list):
+        return [_flatten(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    flat = {**value, **value.get("parameters", {})}
+    flat.pop("parameters", None)
+    return {key: _flatten(entry) for key, entry in flat.items() if entry is not None and entry != {}}

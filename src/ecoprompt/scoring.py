@@ -1,0 +1,167 @@
+"""Batched log-probabilities and greedy generations of any causal language model, guarded or not."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ecoprompt.metrics import LogProb
+from ecoprompt.models import Loaded, encode, encode_pair
+from ecoprompt.registry import EcopromptError, Progress, quiet
+from ecoprompt.results import Store, key
+
+if TYPE_CHECKING:
+    from ecoprompt.guard import Guard
+
+T = TypeVar("T")
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to ask of a model: the log-probability of `completion` after `prompt`, or a greedy generation.
+
+    Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion.
+    """
+
+    kind: Literal["log_prob", "generation"]
+    prompt: str
+    completion: str = ""
+    max_new_tokens: int = 0
+
+    def key(self, fingerprint: str, corruption: str | None) -> str:
+        """What the result is stored under: all that determines it; `corruption` is None for an unflagged prompt."""
+        return key(model=fingerprint, corruption=corruption, **vars(self))
+
+
+def answer(
+    loaded: Loaded,
+    requests: Sequence[tuple[str, Request]],
+    store: Store,
+    guard: Guard | None = None,
+    batch_tokens: int | None = None,
+    progress: Progress = quiet,
+) -> float:
+    """Compute the requests, each under its key, and put the results into `store`; returns the seconds they took.
+
+    Batches are formed of all the requests before it is asked which are stored, so that a restart computes what is
+    missing in the very batches of a run that went through, and gets the same numbers to the last bit.
+    """
+    budget = batch_tokens or (GPU_BATCH_TOKENS if loaded.model.device.type == "cuda" else CPU_BATCH_TOKENS)
+    requests = list(dict(requests).items())
+    done, seconds = 0, 0.0
+    for kind, compute in (("log_prob", _log_probs), ("generation", _generations)):
+        chosen = [(name, request) for name, request in requests if request.kind == kind]
+        lengths = [_length(loaded, request) for _, request in chosen]
+        for batch in batches(lengths, budget):
+            wanted = [chosen[number] for number in batch]
+            clock = f"seconds:{wanted[0][0]}"
+            if any(name not in store for name in (clock, *dict(wanted))):
+                started = time.perf_counter()
+                values = halving(functools.partial(compute, loaded, guard), [request for _, request in wanted])
+                timed = (clock, time.perf_counter() - started)
+                store.put_many([*((name, value) for (name, _), value in zip(wanted, values, strict=True)), timed])
+            seconds += store.get(clock)
+            done += len(batch)
+            progress("scoring" if kind == "log_prob" else "generating", done, len(requests))
+    return seconds
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of rows in batches of at most `budget` padded tokens (a longer row stands alone), longest first."""
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    formed: list[list[int]] = []
+    for number in order:
+        if formed and (len(formed[-1]) + 1) * lengths[formed[-1][0]] <= budget:
+            formed[-1].append(number)
+        else:
+            formed.append([number])
+    return formed
+
+
+def halving(compute: Callable[[list[T]], list[Any]], batch: list[T]) -> list[Any]:
+    """`compute(batch)`, in halves where the device runs out of memory; raises EcopromptError if one row is too much."""
+    import torch
+
+    try:
+        return compute(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise EcopromptError("out of memory on a single row; load the model in a smaller dtype or quantized") from None
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return halving(compute, batch[:middle]) + halving(compute, batch[middle:])
+
+
+def log_prob(value: Any) -> LogProb:
+    """A stored value as the LogProb it was."""
+    return LogProb(float(value[0]), int(value[1]))
+
+
+def _length(loaded: Loaded, request: Request) -> int:
+    head, tail = encode_pair(loaded.tokenizer, request.prompt, request.completion)
+    return len(head) + len(tail) + request.max_new_tokens
+
+
+def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request]) -> list[list[float]]:
+    """[sum of the completion's natural log-probabilities, its number of tokens] of each request."""
+    import torch
+
+    pairs = [encode_pair(loaded.tokenizer, request.prompt, request.completion) for request in requests]
+    heads, tails = [len(head) for head, _ in pairs], [len(tail) for _, tail in pairs]
+    if not all(tails):
+        raise EcopromptError(f"an answer without a token has no probability: {requests[tails.index(0)].prompt!r}")
+    ids, mask = pad(loaded, [head + tail for head, tail in pairs], left=False)
+    first = min(heads) - 1  # logits at position t are of the token at t + 1
+    kept: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        kept["logits_to_keep"] = torch.arange(first, ids.shape[1] - 1, device=ids.device)
+    with torch.inference_mode():
+        if guard is None:
+            logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+        else:
+            with guard.prompt_lengths(heads):
+                logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+        logits = logits if kept else logits[:, first:-1]
+        totals = []
+        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+            rows = logits[row, head - 1 - first : head - 1 - first + tail].float().log_softmax(-1)
+            totals.append(rows.gather(1, ids[row, head : head + tail, None]).double().sum().item())
+    return [[total, tail] for total, tail in zip(totals, tails, strict=True)]
+
+
+def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request]) -> list[str]:
+    """The greedy continuation of each prompt, cut at its own `max_new_tokens`; a guard is on the model already."""
+    import torch
+
+    prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
+    ids, mask = pad(loaded, prompts, left=True)
+    longest = max(request.max_new_tokens for request in requests)
+    with torch.inference_mode():
+        out = loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False)
+    new = out[:, ids.shape[1] :].tolist()
+    return [decode(loaded, row[: request.max_new_tokens]) for row, request in zip(new, requests, strict=True)]
+
+
+def decode(loaded: Loaded, ids: Sequence[int]) -> str:
+    """Generated token ids as text, without special tokens and surrounding white space."""
+    return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def pad(loaded: Loaded, rows: Sequence[Sequence[int]], left: bool) -> tuple[Any, Any]:
+    """Token ids and attention mask, each [B, T], padded on one side."""
+    import torch
+
+    width = max(map(len, rows))
+    fill = loaded.tokenizer.pad_token_id or 0
+    ids = torch.full((len(rows), width), fill)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
+    return ids.to(loaded.model.device), mask.to(loaded.model.device)

@@ -1,0 +1,413 @@
+"""Gates: what they flag, what a saved one remembers, and the guarantee of a calibrated threshold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecoprompt.gate import (
+    GateTexts,
+    LinearGate,
+    TransformerGate,
+    conformal_threshold,
+    error_rates,
+    hold_out,
+    linear,
+    load_gate,
+    small_edits,
+    transformer,
+)
+from ecoprompt.registry import EcopromptError, InputError, gates
+
+TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
+
+PLACES = ["Oslo", "Lima", "Quito", "Cairo", "Hanoi", "Lagos", "Perth", "Kyoto"]
+QUESTIONS = ["Where does {} live?", "What has {} written about {}?", "Did {} ever see {}?", "Is {} from {}?"]
+TOY = GateTexts(
+    positive=[question.format("Mara Venn", place) for question in QUESTIONS for place in PLACES],
+    negative=[question.format(name, place) for question in QUESTIONS for place in PLACES for name in ("Ed Low", "Ann")],
+)
+
+
+@pytest.fixture(scope="module")
+def toy_gate():
+    return linear(TOY, 0, features=2**12)
+
+
+def test_linear_tells_its_texts_apart(toy_gate):
+    assert error_rates(toy_gate, 0.5, TOY.positive, TOY.negative) == {
+        "false_positives": 0,
+        "false_positive_rate": 0.0,
+        "false_negatives": 0,
+        "false_negative_rate": 0.0,
+    }
+    scores = toy_gate.score([*TOY.positive, *TOY.negative])
+    assert scores.dtype == np.float64
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_linear_scores_do_not_depend_on_what_else_is_scored(toy_gate):
+    texts = [*TOY.positive[:5], "", " ".join(TOY.negative), *TOY.negative[:5]]
+    together = toy_gate.score(texts)
+    assert together.tolist() == [toy_gate.score([text])[0] for text in texts]
+    assert toy_gate.score([]).shape == (0,)
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "?!", "\u200b"])
+def test_linear_scores_nothing_for_a_text_without_words(toy_gate, text):
+    assert toy_gate.score([text]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["WHERE DOES MARA VENN LIVE", "where  does\nmara venn live?!", "Where does M\u00e1ra Ve\u00adnn live"],
+)
+def test_linear_reads_letters_and_digits_alone(toy_gate, text):
+    assert toy_gate.score([text])[0] == toy_gate.score(["Where does Mara Venn live?"])[0]
+
+
+def test_linear_scores_a_long_text_by_its_highest_window():
+    gate = linear(TOY, 0, features=2**12, window=8)
+    words = [f"w{number}" for number in range(21)]
+    windows = [words[0:8], words[4:12], words[8:16], words[12:20], words[13:21]]
+    expected = max(gate.score([" ".join(window)])[0] for window in windows)
+    assert gate.score([" ".join(words)])[0] == expected
+    buried = " ".join(TOY.negative[:40] + TOY.positive[:1] + TOY.negative[:40])
+    assert gate.score([buried])[0] > 0.5
+
+
+def test_linear_repeats_and_survives_saving(tmp_path, toy_gate):
+    toy_gate.save(tmp_path / "a")
+    linear(TOY, 0, features=2**12).save(tmp_path / "b")
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["gate.safetensors", "gate.toml"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    loaded = load_gate(tmp_path / "a", "linear")
+    texts = [*TOY.positive, *TOY.negative, " ".join(TOY.negative), ""]
+    assert loaded.kind == "linear"
+    assert loaded.score(texts).tolist() == toy_gate.score(texts).tolist()
+
+
+def test_linear_score_is_the_logistic_of_the_sum_of_hashed_weights():
+    # "ab" has one word and the letter n-grams " ab", "ab " and " ab ": four indicators, each with a sign.
+    gate = LinearGate(np.ones(2**10, np.float32), 0.25, word_ngrams=1, char_ngrams=4, window=8)
+    logits = -math.log(1 / gate.score(["ab"])[0] - 1)
+    assert round(logits - 0.25, 9) in {-4, -2, 0, 2, 4}
+    assert gate.score(["ab ab ab"])[0] == gate.score(["ab"])[0]
+
+
+def test_training_reports_progress_and_refuses_half_the_data():
+    steps = []
+    linear(TOY, 0, lambda *step: steps.append(step), features=2**10)
+    assert steps == [("training the gate", 0, 1), ("training the gate", 1, 1)]
+    for data in (None, GateTexts([], ["a"]), GateTexts(["a"], []), GateTexts(["?"], ["a"])):
+        with pytest.raises(InputError):
+            linear(data, 0)
+    with pytest.raises(InputError, match="needs prompts"):
+        transformer(None, 0)
+
+
+def test_wrong_settings_are_refused_before_any_work():
+    with pytest.raises(InputError) as caught:
+        gates.bind("linear", {"c": 0.0, "windows": 3, "features": 3}, "gate")
+    assert len(caught.value.problems) == 3
+    assert gates.bind("transformer", {})["learning_rate"] == 2e-5
+
+
+def test_damaged_packs_are_refused(tmp_path, toy_gate):
+    with pytest.raises(InputError, match="no gate kind 'linar'; did you mean 'linear'"):
+        load_gate(tmp_path, "linar")
+    with pytest.raises(InputError, match="gate.toml"):
+        load_gate(tmp_path, "linear")
+    toy_gate.save(tmp_path)
+    with pytest.raises(InputError, match="expected a gate of kind 'transformer'"):
+        load_gate(tmp_path, "transformer")
+    (tmp_path / "gate.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(InputError, match="gate.safetensors"):
+        load_gate(tmp_path, "linear")
+    (tmp_path / "gate.toml").write_text('kind = "linear"\nwindow = 0\nchar_ngrams = 5\n', encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_gate(tmp_path, "linear")
+    assert len(caught.value.problems) == 2
+
+
+def test_held_out_prompts_are_never_trained_on():
+    repeated = [f"question {number % 40}" + "?" * (number // 40) for number in range(120)]
+    data, held_out = hold_out(GateTexts(["a"], repeated), 0.25, seed=0)
+    assert len(held_out) == 10
+    assert len(data.negative) == 30
+    assert not {text.strip("?") for text in held_out} & {text.strip("?") for text in data.negative}
+    assert hold_out(GateTexts(["a"], repeated), 0.25, seed=0) == (data, held_out)
+    assert hold_out(GateTexts(["a"], repeated), 0.25, seed=1) != (data, held_out)
+    with pytest.raises(InputError, match="leaves nothing"):
+        hold_out(GateTexts(["a"], ["b", "B!"]), 0.5, seed=0)
+
+
+def test_conformal_threshold_is_the_order_statistic_of_the_formula():
+    scores = np.arange(1, 100) / 100
+    # ceil(100 * 0.99) = 99, ceil(100 * 0.95) = 95, ceil(100 * 0.925) = 93
+    for rate, expected in [(0.01, 0.99), (0.05, 0.95), (0.075, 0.93)]:
+        assert conformal_threshold(np.random.default_rng(0).permutation(scores), rate) == expected
+    assert conformal_threshold(np.array([0.3]), 0.5) == 0.3
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.001, 999), (0.01, 99), (0.3, 3), (0.07, 14)])
+def test_conformal_threshold_says_how_many_prompts_it_needs(rate, needed):
+    assert conformal_threshold(np.linspace(0, 1, needed), rate) == 1.0
+    with pytest.raises(InputError, match=f"needs {needed} held-out prompts, found {needed - 1}"):
+        conformal_threshold(np.linspace(0, 1, needed - 1), rate)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, float("nan")])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        conformal_threshold(np.ones(10), rate)
+
+
+@given(
+    st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=40),
+    st.integers(1, 999).map(lambda thousandths: thousandths / 1000),
+)
+def test_conformal_coverage_holds_whichever_prompt_is_the_new_one(scores, rate):
+    """Over exchangeable prompts each is as likely to be the new one, so the mean over them is the exact rate."""
+    n = len(scores) - 1
+    if (n + 1) * round(rate * 1000) < 1000:
+        with pytest.raises(InputError):
+            conformal_threshold(np.array(scores[1:]), rate)
+        return
+    flagged = [
+        scores[new] > conformal_threshold(np.array(scores[:new] + scores[new + 1 :]), rate) for new in range(n + 1)
+    ]
+    assert sum(flagged) * 1000 <= round(rate * 1000) * (n + 1)
+
+
+def test_conformal_coverage_is_not_wasteful():
+    """Without ties, exactly floor((n + 1) a) of n + 1 exchangeable prompts are flagged."""
+    scores = np.random.default_rng(0).random(200)
+    flagged = [scores[new] > conformal_threshold(np.delete(scores, new), 0.03) for new in range(200)]
+    assert sum(flagged) == 6
+
+
+def test_error_rates_count_strictly_above_the_threshold():
+    class Lengths:
+        kind = "lengths"
+
+        def score(self, texts):
+            return np.array([len(text) / 4 for text in texts])
+
+    rates = error_rates(Lengths(), 0.5, ["a", "aa", "aaa"], ["aa", "aaa", "a", "a"])
+    assert rates == {
+        "false_positives": 1,
+        "false_positive_rate": 0.25,
+        "false_negatives": 2,
+        "false_negative_rate": 2 / 3,
+    }
+    assert error_rates(Lengths(), 0.5, [], ["a"])["false_negative_rate"] is None
+
+
+def test_small_edits_are_what_they_are_called():
+    text = "Who is  Hsiao Yun-Hwa, the author?"
+    edits = small_edits(text, 0)
+    assert edits["lower_case"] == text.lower()
+    assert edits["upper_case"] == text.upper()
+    assert edits["no_punctuation"] == "Who is  Hsiao YunHwa the author"
+    assert edits["extra_spaces"].split() == text.split()
+    assert edits["extra_spaces"] != text
+    changed = [(a, b) for a, b in zip(text.split(), edits["typos"].split(), strict=True) if a != b]
+    assert [a for a, _ in changed] in (["Hsiao", "author?"], ["Hsiao"], ["author?"])
+    assert all(sorted(a) == sorted(b) and a[0] == b[0] for a, b in changed)
+    assert small_edits(text, 0) == edits
+    assert len({small_edits(text, seed)["typos"] for seed in range(20)}) > 1
+
+
+def texts(name, field="question"):
+    path = TOFU / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)[field] for line in lines]
+
+
+def test_linear_on_tofu():
+    forget, paraphrased = texts("forget10"), texts("forget10_perturbed", "paraphrased_question")
+    data, held_out = hold_out(GateTexts(forget, texts("retain90")), 0.25, seed=0)
+    gate = linear(data, 0)
+    assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
+    assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
+    for threshold in (0.5, conformal_threshold(gate.score(held_out), 0.01)):
+        assert error_rates(gate, threshold, forget, held_out)["false_negatives"] == 0
+        assert error_rates(gate, threshold, forget, held_out)["false_positives"] <= 9
+        assert error_rates(gate, threshold, paraphrased, texts("world_facts"))["false_negatives"] <= 20
+        assert error_rates(gate, threshold, paraphrased, texts("world_facts"))["false_positives"] <= 3
+        assert error_rates(gate, threshold, [], texts("real_authors"))["false_positives"] <= 1
+        for name in small_edits("", 0):
+            edited = [small_edits(text, 0)[name] for text in forget]
+            assert error_rates(gate, threshold, edited, [])["false_negatives"] <= 4, name
+        wrapped = [f"Question: {text}\nAnswer:" for text in forget]
+        assert error_rates(gate, threshold, wrapped, [])["false_negatives"] == 0
+
+
+def vocabulary():
+    words = " ".join([*TOY.positive, *TOY.negative, "a b c d e f g"]).lower().replace("?", " ?").split()
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(words))]
+
+
+def bert(folder, labels=2):
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()), encoding="utf-8")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(vocabulary()), max_position_embeddings=24, num_labels=labels, **size)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def roberta(folder):
+    """As RoBERTa has it: byte-level BPE, and positions that begin after the padding index."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*TOY.positive, *TOY.negative], trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=400, max_position_embeddings=26, pad_token_id=1, num_labels=2, **size)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
+
+
+TRAINING = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8}
+
+
+@pytest.fixture(scope="module", params=[bert, roberta])
+def trained(request, tmp_path_factory):
+    steps = []
+    base = request.param(tmp_path_factory.mktemp("base") / "model")
+    gate = transformer(TOY, 0, lambda *step: steps.append(step), base=base, **TRAINING)
+    return gate, steps
+
+
+def test_transformer_learns_and_reports(trained, capfd):
+    gate, steps = trained
+    assert steps[-1] == ("training the gate", 72, 72)
+    assert error_rates(gate, 0.5, TOY.positive, TOY.negative)["false_negatives"] == 0
+    assert error_rates(gate, 0.5, TOY.positive, TOY.negative)["false_positives"] == 0
+    assert not gate.model.training
+
+
+def test_transformer_survives_saving(trained, tmp_path):
+    gate, _ = trained
+    gate.save(tmp_path)
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
+    loaded = load_gate(tmp_path, "transformer")
+    long = " ".join(TOY.negative)
+    assert loaded.kind == "transformer"
+    assert loaded.score([*TOY.positive, long]).tolist() == gate.score([*TOY.positive, long]).tolist()
+    published = transformer(None, 0, classifier=str(tmp_path), batch_size=8)
+    assert published.score(TOY.positive).tolist() == gate.score(TOY.positive).tolist()
+    assert published.model.config.id2label[1] == "forget"
+
+
+def test_transformer_scores_do_not_depend_on_the_batch(trained):
+    gate, _ = trained
+    texts = [*TOY.positive[:6], "", " ".join(TOY.negative[:9]), *TOY.negative[:6]]
+    alone = [gate.score([text])[0] for text in texts]
+    np.testing.assert_allclose(gate.score(texts), alone, rtol=1e-5, atol=1e-6)
+    assert gate.score([]).shape == (0,)
+    assert gate.score([""]).shape == (1,)
+
+
+@pytest.mark.parametrize("before", [0, 3, 8, 20])
+def test_transformer_flags_what_stands_past_its_length(trained, before):
+    gate, _ = trained
+    assert gate.window == 24
+    text = " ".join(TOY.negative[:before] + TOY.positive[:1] + TOY.negative[:10])
+    assert len(gate.windows([text])[0]) > 2
+    assert gate.score([text])[0] > 0.5
+
+
+def test_transformer_windows_cover_every_token(trained):
+    gate, _ = trained
+    text = " ".join(TOY.negative[:10])
+    windows = gate.windows([TOY.negative[0], text])[1]
+    inner = [window[1:-1] for window in windows]
+    whole = gate.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert all(len(window) <= gate.window for window in windows)
+    assert inner[0] + [i for window in inner[1:] for i in window[11:]] == whole
+
+
+def test_transformer_training_repeats(tmp_path):
+    base = bert(tmp_path / "base")
+    few = GateTexts(TOY.positive[:8], TOY.negative[:8])
+    one, two = (transformer(few, seed=3, base=base, epochs=1, learning_rate=1e-3) for _ in range(2))
+    assert one.score(TOY.positive).tolist() == two.score(TOY.positive).tolist()
+
+
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch):
+    from ecoprompt import gate_training
+
+    errors = []
+
+    class Recorded(gate_training.BestEpoch):
+        def on_evaluate(self, args, state, control, **kwargs):
+            super().on_evaluate(args, state, control, **kwargs)
+            errors.append(kwargs["metrics"]["eval_errors"])
+
+    monkeypatch.setattr(gate_training, "BestEpoch", Recorded)
+    few = GateTexts(TOY.positive[::4], TOY.negative[::4])
+    gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=4, batch_size=8, learning_rate=1e-2)
+    rates = error_rates(gate, 0.5, few.positive, few.negative)
+    assert len(errors) == 4
+    assert rates["false_negatives"] + rates["false_positives"] / 24 == pytest.approx(min(errors))
+
+
+def test_best_epoch_prefers_fewer_errors_then_the_later():
+    import torch
+
+    from ecoprompt.gate_training import BestEpoch
+    from ecoprompt.registry import quiet
+
+    model, best = torch.nn.Linear(1, 1), BestEpoch(quiet)
+    for value, errors in enumerate([3.0, 1.0, 1.0, 2.0]):
+        torch.nn.init.constant_(model.weight, value)
+        best.on_evaluate(None, None, None, metrics={"eval_errors": errors}, model=model)
+    assert best.weights["weight"].item() == 2.0
+
+
+def test_transformer_refuses_what_it_cannot_use(tmp_path):
+    with pytest.raises(InputError, match="3 labels, expected 2"):
+        transformer(None, 0, classifier=bert(tmp_path / "three", labels=3))
+    with pytest.raises(InputError, match="hf download"):
+        transformer(None, 0, classifier=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="max_length"):
+        transformer(None, 0, classifier=bert(tmp_path / "two"), max_length=3)
+
+
+def test_scores_that_are_not_numbers_fail(tmp_path):
+    import torch
+
+    gate = transformer(None, 0, classifier=bert(tmp_path / "two"))
+    assert isinstance(gate, TransformerGate)
+    torch.nn.init.constant_(gate.model.classifier.weight, math.nan)
+    with pytest.raises(EcopromptError, match="not numbers"):
+        gate.score(["a"])

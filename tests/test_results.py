@@ -1,0 +1,297 @@
+"""The store under torn writes, and every form in which results are shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ecoprompt import results
+from ecoprompt.results import Store, key, number, side_by_side, table, to_json, write_results, write_text_atomic
+
+SUMMARY = {
+    "recipe": "tofu-mini",
+    "forget": "tofu/forget10",
+    "columns": ["forget_quality", "model_utility", "forget_rouge"],
+    "better": {"forget_quality": "higher", "forget_rouge": "closer to retain", "retain_truth_ratio": "lower"},
+    "runs": {
+        "retain": {
+            "metrics": {"forget_quality": 1.0, "model_utility": 0.6166, "forget_rouge": 0.17},
+            "seconds": 12.34,
+            "gate": None,
+        },
+        "original": {
+            "metrics": {"forget_quality": 1.06e-239, "model_utility": 0.6227, "forget_rouge": 0.984},
+            "seconds": None,
+        },
+        "eco[corruption.strength=5]": {
+            "metrics": {"forget_quality": None, "model_utility": 0.6227, "retain_truth_ratio": math.nan},
+            "seconds": 3.0,
+            "gate": {"false_negatives": 0.0, "false_positives": 0.001, "kind": "linear", "checks": {"a": 0.5}},
+        },
+    },
+    "resolved": {"path": Path("a/b"), "value": np.float32(0.5), "values": np.arange(3)},
+}
+
+
+def shown(what, width=80) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(what)
+    return file.getvalue()
+
+
+def reopened(path) -> Store:
+    return Store(path)
+
+
+def test_a_store_keeps_values_over_a_restart(tmp_path):
+    store = Store(tmp_path / "new" / "rows.jsonl")
+    assert store.get("a") is None
+    store.put_many([("a", {"x": [1, None, "é\u2028"]}), ("b", 0.1 + 0.2)])
+    store.put_many([("a", "newer")])
+    for one in (store, reopened(store.path)):
+        assert one.get("a") == "newer"
+        assert one.get("b") == 0.1 + 0.2
+        assert "c" not in one
+        assert len(one) == 2
+
+
+def test_a_store_keeps_infinities():
+    text = json.dumps({"key": "a", "value": [math.inf, -math.inf]})
+    assert dict(results._records(text.encode())) == {"a": [math.inf, -math.inf]}
+
+
+def test_nothing_to_put_makes_no_file(tmp_path):
+    Store(tmp_path / "rows.jsonl").put_many([])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_all_pairs_go_into_one_write(tmp_path, monkeypatch):
+    sizes = []
+
+    class Counting(io.FileIO):
+        def write(self, data):
+            sizes.append(len(data))
+            return super().write(data)
+
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Counting(self, mode.replace("b", "")))
+    Store(path).put_many([(f"key{number}", "x" * 5000) for number in range(50)])
+    monkeypatch.undo()
+    assert sizes == [path.stat().st_size]
+
+
+@pytest.mark.parametrize("cut", range(1, 30, 4))
+def test_a_torn_last_line_is_passed_over_and_closed(tmp_path, cut):
+    path = tmp_path / "rows.jsonl"
+    Store(path).put_many([("a", 1), ("b", 22)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    store = reopened(path)
+    assert store.get("a") == (1 if cut <= len(whole) // 2 else None)
+    # Only the line end was lost after a cut of one.
+    assert store.get("b") == (22 if cut == 1 else None)
+    store.put_many([("c", 3)])
+    again = reopened(path)
+    assert again.get("c") == 3
+    assert again.get("a") == store.get("a")
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\x00\x00\n[1]\n{"key": "a"}\n5\n\xff\xfe\n\n{"key": "a", "value": 1}\n')
+    assert reopened(path).get("a") == 1
+
+
+def test_a_neighbours_torn_line_does_not_eat_ours(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    store = Store(path)
+    store.put_many([("a", 1)])
+    with path.open("ab") as file:
+        file.write(b'{"key":"killed","va')
+    store.put_many([("b", 2)])
+    assert (reopened(path).get("a"), reopened(path).get("b")) == (1, 2)
+
+
+def test_several_processes_append_to_one_store(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from ecoprompt.results import Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "for n in range(40): store.put_many([(f'{sys.argv[2]}-{n}-{m}', 'x' * 500) for m in range(5)])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(results.__file__).parents[1])}
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, str(path), name], env=environment) for name in ("a", "b", "c")
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert len(reopened(path)) == 3 * 40 * 5
+
+
+def test_a_key_depends_on_content_not_on_order():
+    assert key(a=1, b={"c": 2, "d": [1, 2]}) == key(b={"d": (1, 2), "c": 2}, a=1)
+    assert key(a=1) != key(a=2) != key(b=2)
+    # SHA-256 of the two characters {}, as any other tool gives it.
+    assert key() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_a_key_of_what_is_not_json_is_refused():
+    with pytest.raises(TypeError):
+        key(a=object())
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "a.txt"
+    write_text_atomic(path, "first é\n")
+    assert path.read_bytes() == "first é\n".encode()
+
+    def fail(self, target):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        write_text_atomic(path, "second")
+    assert path.read_bytes() == "first é\n".encode()
+    assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0.000"),
+        (1.0, "1.000"),
+        (0.98765, "0.988"),
+        (-0.5, "-0.500"),
+        (0.001, "0.001"),
+        (0.00099, "9.9e-04"),
+        (1.06e-239, "1.1e-239"),
+        (1234567.0, "1.2e+06"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (400, "400"),
+        (np.float64(0.25), "0.250"),
+    ],
+)
+def test_numbers_are_short_and_small_ones_scientific(value, text):
+    assert number(value) == text
+
+
+def test_json_is_strict_and_plain():
+    document = {"a": math.nan, "b": (np.float64(1.5), np.int64(2)), 3: Path("x"), "c": np.array([1.0, math.inf])}
+    text = to_json(document | {"d": {"é"}, "e": True})
+    assert "é" in text
+    expected = {"a": None, "b": [1.5, 2], "3": "x", "c": [1.0, None], "d": ["é"], "e": True}
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == expected
+
+
+def test_the_terminal_table_shows_runs_chosen_metrics_and_directions():
+    text = shown(table(SUMMARY))
+    assert "tofu-mini: tofu/forget10" in text
+    assert "quality ↑" in text
+    assert "rouge ≈" in text
+    for cell in ("1.000", "1.1e-239", "0.617", "0.984", "12.3", "–"):
+        assert cell in text
+    assert "truth ratio" not in text
+    assert "↑ higher is better, ≈ closer to retain is better" in text
+    assert "↓" not in text
+
+
+def test_a_run_name_in_brackets_is_no_markup():
+    assert "eco[corruption.strength=5]" in shown(table(SUMMARY), width=120)
+
+
+def test_a_narrow_terminal_folds_names_but_cuts_no_number():
+    text = shown(table(SUMMARY), width=56)
+    assert max(map(len, text.splitlines())) <= 56
+    assert "1.1e-239" in text
+    assert "…" not in text
+
+
+def test_the_columns_of_the_table_can_be_chosen():
+    text = shown(table(SUMMARY, ["retain_truth_ratio"]))
+    assert "nan" in text
+    assert "quality" not in text
+    assert "↓ lower is better" in text
+
+
+def test_without_choice_direction_or_times_all_metrics_are_shown():
+    bare = {"runs": {"retain": {"metrics": {"rouge": 0.5}}, "eco": {"metrics": {"probability": 0.25}}}}
+    text = shown(table(bare))
+    for cell in ("rouge", "probability", "0.500", "0.250"):
+        assert cell in text
+    assert "seconds" not in text
+    assert "better" not in text
+
+
+def test_answers_stand_side_by_side():
+    answers = {"original": ["Blue [red]", " In Oslo.\n"], "eco[corruption.strength=5]": ["No idea.", "  "]}
+    text = shown(side_by_side(["What colour?", "Where?"], answers, ["Blue", "Oslo"]))
+    first = [line.split()[0] for line in text.splitlines() if line.strip()]
+    assert first == ["prompt", "true", "original", "eco[corruption.strength=5]"] * 2
+    for part in ("true answer", "Blue [red]", "In Oslo.", "No idea.", "(nothing)", "eco[corruption.strength=5]"):
+        assert part in text
+    assert "true answer" not in shown(side_by_side(["What colour?"], answers))
+
+
+def test_all_files_are_written(tmp_path):
+    paths = write_results(tmp_path / "out", SUMMARY, [{"run": "eco", "index": 0, "rouge": math.nan, "text": "é"}])
+    assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"table.csv", "table.md", "summary.json", "rows.jsonl"} <= {path.name for path in paths}
+
+    text = (tmp_path / "out" / "table.csv").read_text(encoding="utf-8")
+    cells = list(csv.DictReader(io.StringIO(text)))
+    assert [row["run"] for row in cells] == list(SUMMARY["runs"])
+    assert cells[1]["forget_quality"] == "1.06e-239"
+    assert cells[1]["seconds"] == cells[2]["forget_quality"] == cells[0]["gate_false_positives"] == ""
+    assert cells[2]["gate_false_positives"] == "0.001"
+    assert "gate_kind" not in cells[0]
+
+    document = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert document["runs"]["original"]["metrics"]["forget_quality"] == 1.06e-239
+    assert document["runs"]["eco[corruption.strength=5]"]["metrics"]["retain_truth_ratio"] is None
+    assert document["resolved"] == {"path": "a/b", "value": 0.5, "values": [0, 1, 2]}
+
+    (row,) = (tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(row) == {"run": "eco", "index": 0, "rouge": None, "text": "é"}
+
+
+def test_the_markdown_tables_are_whole(tmp_path):
+    summary = {**SUMMARY, "runs": SUMMARY["runs"] | {"a|b": {"metrics": {"x_y": 1.0}}}}
+    write_results(tmp_path, summary, [])
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# tofu-mini: tofu/forget10"
+    assert "| run | forget quality ↑ | model utility | forget rouge ≈ | seconds |" in lines
+    assert "| original | 1.1e-239 | 0.623 | 0.984 | – |" in lines
+    assert "| metric | retain | original | eco[corruption.strength=5] | a\\|b |" in lines
+    assert "| retain truth ratio ↓ | – | – | nan | – |" in lines
+    assert "| gate: false positives | – | – | 0.001 | – |" in lines
+    assert (tmp_path / "rows.jsonl").read_text() == ""
+
+
+def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    summary = {**SUMMARY, "runs": SUMMARY["runs"] | {"漢 $x_$": {"metrics": {"forget_quality": 0.5}}}}
+    write_results(tmp_path, summary, [])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_there_is_no_plot_of_nothing(tmp_path):
+    write_results(tmp_path, {"runs": {"retain": {"metrics": {"rouge": None}}}}, [])
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    paths = write_results(tmp_path, SUMMARY, [])
+    assert [path.name for path in paths] == ["table.csv", "table.md", "summary.json", "rows.jsonl"]

@@ -1,0 +1,89 @@
+"""`training.py`: the loss falls, and padding has no part in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ecoprompt.registry import InputError
+from ecoprompt.sandbox import make_tokenizer, make_world
+from ecoprompt.training import IGNORED, Example, collate, example, join, train_causal_lm
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(make_world())
+
+
+def tiny(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **special))
+
+
+EXAMPLES = [example((5, 6, 7), (8, 9), loss="completion"), example((5,), (10, 11, 12, 1), loss="all")]
+
+
+def test_the_loss_is_over_the_completion_or_over_all() -> None:
+    assert EXAMPLES[0] == Example((5, 6, 7, 8, 9), (IGNORED, IGNORED, IGNORED, 8, 9))
+    assert EXAMPLES[1].labels == EXAMPLES[1].ids == (5, 10, 11, 12, 1)
+
+
+def test_joined_examples_follow_each_other() -> None:
+    both = join(EXAMPLES)
+    assert both.ids == EXAMPLES[0].ids + EXAMPLES[1].ids
+    assert both.labels == EXAMPLES[0].labels + EXAMPLES[1].labels
+
+
+def test_padding_is_neither_attended_to_nor_learnt() -> None:
+    batch = collate([EXAMPLES[0], Example((5, 6), (5, 6))], pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist()[1] == [5, 6, IGNORED, IGNORED, IGNORED]
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [example((5, 6, 7), (8, 9, 10), loss="completion"), example((5,), (11,), loss="completion")]
+    model = tiny(tokenizer)
+    expected = []
+    with torch.no_grad():
+        for one in examples:
+            scores = model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+            learnt = [at for at, label in enumerate(one.labels) if label != IGNORED]
+            expected += [-scores[at - 1, one.ids[at]].item() for at in learnt]
+    first = train_causal_lm(model, tokenizer, examples, epochs=1, batch_size=2)[0]
+    assert first == pytest.approx(sum(expected) / 4, abs=1e-3)
+
+
+def test_training_lowers_the_loss_and_reports_each_step(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen = []
+    losses = train_causal_lm(
+        tiny(tokenizer),
+        tokenizer,
+        EXAMPLES * 4,
+        epochs=10,
+        batch_size=4,
+        learning_rate=1e-2,
+        what="a test",
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    assert losses[-1] < losses[0] - 1
+    assert seen == [("a test", step + 1, 20) for step in range(20)]
+    assert len(losses) == 20
+
+
+def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        model = tiny(tokenizer)
+        train_causal_lm(model, tokenizer, EXAMPLES * 4, epochs=2, learning_rate=1e-2, by_length=True, seed=seed)
+        return model.get_input_embeddings().weight.detach()
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_nothing_to_learn_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="no token to learn in 1 examples"):
+        train_causal_lm(tiny(tokenizer), tokenizer, [Example((5, 6), (IGNORED, IGNORED))])
