@@ -66,7 +66,10 @@ class Chat:
         return [*system, {"role": "user", "content": prompt}]
 
     def answer(
-        self, conversations: Sequence[Sequence[dict[str, str]]], number: int = 0, on_text: Callable[[str], None] | None = None
+        self,
+        conversations: Sequence[Sequence[dict[str, str]]],
+        number: int = 0,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
         """Answer conversations in one batch; `number` counts earlier answers, so that each is sampled anew.
 
@@ -81,7 +84,11 @@ class Chat:
         if longest >= most:
             raise InputError(f"the conversation has {longest} tokens and the model reads {most}; /reset or shorten it")
         ids, mask = pad(self.loaded, prompts, left=True)
-        sampling = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0} if self.options.temperature > 0 else {}
+        sampling = (
+            {"do_sample": True, "temperature": self.options.temperature, "top_k": 0}
+            if self.options.temperature > 0
+            else {}
+        )
         torch.manual_seed(self.options.seed + number)
         with torch.inference_mode():
             out = self.loaded.model.generate(
@@ -206,7 +213,9 @@ def _record(line: str, number: int) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"standard input, line {number}: found text that is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise InputError(f"standard input, line {number}: expected an object with a text under 'prompt', found {line.strip()[:80]}")
+        raise InputError(
+            f"standard input, line {number}: expected an object with a text under 'prompt', found {line.strip()[:80]}"
+        )
     return record
 
 

@@ -31,11 +31,15 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, typed as TOML: corruption.strength=50. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, typed as TOML: corruption.strength=50. Repeatable."
+    ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where DIR/<recipe>/ is written.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would run, needing neither model nor network.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would run, needing neither model nor network.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
 
@@ -73,7 +77,9 @@ def _command(function: F) -> F:
     signature = inspect.signature(function, eval_str=True)
     own = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
     translated.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    translated.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {"debug": DebugOption}
+    translated.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {
+        "debug": DebugOption
+    }
     app.command(name=function.__name__.replace("_", "-"))(translated)
     return function
 
@@ -93,10 +99,23 @@ def _console(stderr: bool = False) -> Console:
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
     """Progress with the time left on a terminal's stderr; nothing elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = _console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         shown = ""
@@ -121,7 +140,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of the program itself."""
 
@@ -140,12 +161,14 @@ def train_classifier(
 
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        return _print_plan(loaded, json)
+        _print_plan(loaded, json)
+        return
     with _progress() as progress:
         folder, trained = train_classifier(loaded, output, progress)
     document = {"pack": str(folder), "threshold": trained.threshold, "measured": trained.measured}
     if json:
-        return _print_json(document)
+        _print_json(document)
+        return
     from ecoprompt.results import gate_table
 
     _console().print(gate_table(trained.measured, trained.threshold))
@@ -165,13 +188,15 @@ def evaluate(
 
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        return _print_plan(loaded, json)
+        _print_plan(loaded, json)
+        return
     from ecoprompt.evaluate import evaluate
 
     with _progress() as progress:
         found = evaluate(loaded, output, progress)
     if json:
-        return _print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
+        _print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
+        return
     from ecoprompt.results import side_by_side, table
 
     prompts, targets, answers = found.samples()
@@ -185,7 +210,8 @@ def evaluate(
 def chat(
     model: Annotated[str, typer.Option("--model", help="An alias, a Hub id or a folder.")],
     forget: Annotated[
-        str | None, typer.Option("--forget", help="A recipe, a forget pack's folder or a Hub id; none: the plain model.")
+        str | None,
+        typer.Option("--forget", help="A recipe, a forget pack's folder or a Hub id; none: the plain model."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 200,
@@ -230,7 +256,8 @@ def _print_plan(recipe: Any, json: bool) -> None:
 
     planned = plan(recipe)
     if json:
-        return _print_json(planned)
+        _print_json(planned)
+        return
     import tomli_w
 
     print(tomli_w.dumps(planned["recipe"]))

@@ -64,7 +64,7 @@ class Evaluated:
 
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
-    """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is not redone."""
+    """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
     runs = _runs(recipe)
     items = _items(recipe)
     folder = output / recipe.name
@@ -211,7 +211,8 @@ def _run(
     corrupted = digest(run.tokens, run.corruption, run.seed) if guard else None
     with guard or nullcontext():
         decisions = guard.decide([encode(loaded.tokenizer, prompt) for prompt, _ in requests]) if guard else None
-        asked, new = [], {}
+        asked: list[Asked] = []
+        new: dict[str, Request] = {}
         for number, (item, (_, by_input)) in enumerate(zip(items, requests, strict=True)):
             decision = decisions[number] if decisions else None
             flagged = decision is not None and decision.flagged
@@ -293,7 +294,9 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def _metrics(recipe: Recipe, values: Mapping[str, np.ndarray], retain: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+def _metrics(
+    recipe: Recipe, values: Mapping[str, np.ndarray], retain: Mapping[str, np.ndarray] | None
+) -> dict[str, Any]:
     """The aggregates of each benchmark, then the mean of every row metric by subset."""
     found: dict[str, Any] = {}
     for table in recipe.evaluate:

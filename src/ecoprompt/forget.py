@@ -49,7 +49,12 @@ class _Callable:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens of one flagged turn that are corrupted: their positions, and the token ids that seed their noise."""
+    """The tokens of one flagged turn that are corrupted: their positions, and the turn's token ids, which seed noise.
+
+    Under scope `sequence` a given answer belongs to the turn, so each answer to a prompt gets noise of its own, as if
+    it were drawn anew (the published code draws anew at every call; noise shared by the answers would not
+    part the right one from the wrong ones).
+    """
 
     positions: tuple[int, ...]
     seed_ids: tuple[int, ...]
@@ -120,31 +125,27 @@ class Forget:
         for ids, (text, offsets), row in zip(prompts, texts, said, strict=True):
             flagged = [turn for turn in row if not scores[turn.content] <= self.threshold]  # NaN is flagged
             heard = tuple(float(scores[turn.content]) for turn in row)
-            picked = [self._select(text, offsets, ids, turn, len(ids)) for turn in flagged]
+            picked = [self._select(text, offsets, ids, turn) for turn in flagged]
             decisions.append(Decision(text, max(heard, default=0.0), bool(flagged), heard, tuple(picked)))
         return decisions
 
-    def extend(self, tokenizer: PreTrainedTokenizerBase, decision: Decision, ids: Sequence[int], prompt: int) -> Decision:
+    def extend(
+        self, tokenizer: PreTrainedTokenizerBase, decision: Decision, ids: Sequence[int], prompt: int
+    ) -> Decision:
         """The decision on a prompt (the first `prompt` of `ids`), carried over to the answer that follows it.
 
         Under scope `sequence` the answer's tokens, all but the last, belong to the prompt's last turn.
         """
         if self.scope == "prompt" or not decision.flagged or len(ids) == prompt:
             return decision
-        asked = turns(tokenizer, decision.text)
         text, offsets = to_text(tokenizer, ids)
-        flagged = {selection.seed_ids for selection in decision.selections}
-        picked = []
-        for number, turn in enumerate(asked):
-            end = len(text) if number == len(asked) - 1 else turn.end
-            selection = self._select(text, offsets, ids, Turn(turn.start, end, turn.content), prompt)
-            if selection.seed_ids in flagged:
-                picked.append(selection)
+        asked = turns(tokenizer, decision.text)
+        asked[-1] = replace(asked[-1], end=len(text))
+        scored = zip(asked, decision.turn_scores, strict=True)
+        picked = [self._select(text, offsets, ids, turn) for turn, score in scored if not score <= self.threshold]
         return replace(decision, selections=tuple(picked))
 
-    def _select(
-        self, text: str, offsets: Sequence[tuple[int, int]], ids: Sequence[int], turn: Turn, prompt: int
-    ) -> Selection:
+    def _select(self, text: str, offsets: Sequence[tuple[int, int]], ids: Sequence[int], turn: Turn) -> Selection:
         """The tokens of one flagged turn that are corrupted; where the selector finds none, all of them.
 
         The last token never is: it is where the model starts to answer. A sole token is the exception.
@@ -153,13 +154,12 @@ class Forget:
         inside = [number for number, (start, _) in enumerate(offsets) if turn.start <= start < turn.end]
         if turn.end >= len(text):  # special tokens at the very end may have no character of their own
             inside = [*inside, *range(inside[-1] + 1 if inside else 0, len(ids))]
-        seed_ids = tuple(ids[number] for number in inside if number < prompt)
         most = [number for number in inside if number != len(ids) - 1] or inside
         parameters = {key: value for key, value in self.tokens.items() if key not in ("select", "scope")}
         shifted = [(offsets[number][0] - turn.start, offsets[number][1] - turn.start) for number in inside]
         chosen = mask(str(self.tokens["select"]), parameters, text[turn.start : turn.end], shifted)
         found = [number for number, hit in zip(inside, chosen, strict=True) if hit and number in set(most)]
-        return Selection(tuple(found or most), seed_ids)
+        return Selection(tuple(found or most), tuple(ids[number] for number in inside))
 
     def corrupt(self, embeddings: Tensor, decision: Decision) -> Tensor:
         """A copy of one row's embeddings [T, D], padding left out, with the decision's positions corrupted.
@@ -248,7 +248,8 @@ def _make_gate(table: GateTable, texts: GateTexts | None, seed: int, progress: P
 
 
 def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> TrainedGate:
-    texts, held_out = GateTexts(data.positive, data.negative), []
+    texts = GateTexts(data.positive, data.negative)
+    held_out: list[str] = []
     if isinstance(table.threshold, Calibration):
         texts, held_out = hold_out(texts, table.threshold.held_out, seed)
     gate = _make_gate(table, texts, seed, progress)
@@ -365,4 +366,6 @@ def _download(reference: str) -> Path:
     try:
         return Path(snapshot_download(reference, allow_patterns=["*.toml", "*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise EcopromptError(f"--forget {reference}: no such folder, and not to be had from the Hub: {error}") from error
+        raise EcopromptError(
+            f"--forget {reference}: no such folder, and not to be had from the Hub: {error}"
+        ) from error

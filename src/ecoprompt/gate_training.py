@@ -62,7 +62,7 @@ def fine_tune(
     model.eval()
 
 
-class BestEpoch(TrainerCallback):
+class BestEpoch(TrainerCallback):  # type: ignore[misc]
     """Reports each step and keeps the weights of the epoch with the fewest errors, in memory."""
 
     def __init__(self, progress: Progress) -> None:

@@ -27,9 +27,7 @@ REMEMBERED = 1 << 14
 """How many prompts' decisions are kept, so that the gate sees a repeated prompt once."""
 
 
-def guard(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget | str | Path
-) -> Guard:
+def guard(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget | str | Path) -> Guard:
     """A guard for `model`, to be used in a `with` block: inside it every call of the model is gated.
 
     `forget` is a Forget object, a recipe, a pack folder or a Hub id. Raises InputError for a model that cannot be
@@ -81,7 +79,7 @@ class Guard:
         self.forget = forget
         self.decisions: list[Decision] = []
         self._embedding = _input_embedding(model)
-        forget.check_hidden_size(int(self._embedding.weight.shape[-1]))
+        forget.check_hidden_size(_shape(self._embedding)[1])
         self._known: OrderedDict[tuple[int, ...], Decision] = OrderedDict()
         self._state = _State()
         self._handles: list[Any] = []
@@ -190,9 +188,9 @@ class Guard:
         width = generation.prompt.shape[1]
         if ids.shape[1] == 1 and width >= 1 and ids.shape[0] == generation.prompt.shape[0]:
             return []
-        if ids.shape[1] > width and ids.shape[0] == generation.prompt.shape[0]:
-            if bool((ids[:, :width].cpu() == generation.prompt.cpu()).all()):
-                return generation.rows
+        same_rows = ids.shape[1] > width and ids.shape[0] == generation.prompt.shape[0]
+        if same_rows and bool((ids[:, :width].cpu() == generation.prompt.cpu()).all()):
+            return generation.rows
         raise UnguardedError("generate took a step that the guard cannot follow")
 
     def _corrupt(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -214,7 +212,9 @@ class Guard:
         call = self._state.calls[-1] if self._state.calls else None
         if call is not None and call.flagged and args and args[0].shape == call.input_ids.shape:
             if bool((args[0] == call.input_ids).all()):
-                raise UnguardedError(f"'{name}' is a second way from the token ids into this model; it is not supported")
+                raise UnguardedError(
+                    f"'{name}' is a second way from the token ids into this model; it is not supported"
+                )
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._state.calls:
@@ -243,11 +243,11 @@ class Guard:
         def undo() -> None:
             if vars(self.model).get("generate") is generate:
                 if own:
-                    self.model.generate = original  # type: ignore[method-assign]
+                    self.model.generate = original
                 else:
                     del self.model.generate
 
-        self.model.generate = generate  # type: ignore[method-assign]
+        self.model.generate = generate
         return undo
 
     def _check_generate(self, arguments: dict[str, Any]) -> None:
@@ -287,17 +287,23 @@ def _input_embedding(model: PreTrainedModel) -> nn.Module:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "hidden_size_per_layer_input", None):
         raise InputError(f"{name} embeds token ids in every layer; a guard of its input embedding would leak")
-    embedding = model.get_input_embeddings()
+    embedding: nn.Module | None = model.get_input_embeddings()
     if embedding is None or not hasattr(embedding, "weight"):
         raise InputError(f"{name} has no input embedding to guard")
     return embedding
+
+
+def _shape(embedding: nn.Module) -> tuple[int, int]:
+    """(tokens, hidden size) of an embedding table."""
+    tokens, size = getattr(embedding.weight, "shape", (0, 0))
+    return int(tokens), int(size)
 
 
 def _second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
     """Other embedding tables large enough to hold a vocabulary."""
     from torch import nn
 
-    enough = embedding.weight.shape[0] // 2
+    enough = _shape(embedding)[0] // 2
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -308,7 +314,7 @@ def _second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tup
 def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments by name, those of `**kwargs` among them."""
     function = getattr(module, "forward", module)
-    bound = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    bound: dict[str, Any] = inspect.signature(function).bind_partial(*args, **kwargs).arguments
     return {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
 
 

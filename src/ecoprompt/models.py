@@ -129,7 +129,7 @@ def _check_reachable(name: str, place: str) -> None:
             socket.getaddrinfo(host, 443)
     except OSError as error:
         raise EcopromptError(
-            f"model '{name}' is not on this machine and the Hub cannot be reached ({error}); download it where there is "
+            f"model '{name}' is not here and the Hub cannot be reached ({error}); download it where there is "
             f"a network (`hf download {place}`), or name a folder or an alias; {nearest(name, aliases())}"
         ) from None
 
@@ -142,7 +142,7 @@ def _explain(name: str, place: str, error: Exception) -> EcopromptError:
     kinds = {type(link).__name__ for link in chain}
     if "GatedRepoError" in kinds:
         return InputError(
-            f"model '{name}' is gated: accept its licence at https://huggingface.co/{place} and log in (`hf auth login`)"
+            f"model '{name}' is gated: accept its licence at https://huggingface.co/{place} and `hf auth login`"
         )
     if "RepositoryNotFoundError" in kinds:
         return InputError(
@@ -151,13 +151,11 @@ def _explain(name: str, place: str, error: Exception) -> EcopromptError:
         )
     if "RevisionNotFoundError" in kinds:
         return InputError(f"model '{name}': '{place}' has no such revision")
-    if Path(place).is_dir():
-        return EcopromptError(f"model '{name}' does not load: {error}")
     return EcopromptError(f"model '{name}' does not load: {error}")
 
 
 def _fingerprint(place: str, model: PreTrainedModel, tokenizer: Any, settings: ModelTable, dtype: str) -> str:
-    """A digest of what determines the model's numbers: weights (a local folder's files, or the Hub's commit), format."""
+    """A digest of what determines the numbers: weights (a local folder's files, or the Hub's commit), dtype, format."""
     digest = hashlib.sha256()
     commit = getattr(model.config, "_commit_hash", None)
     if Path(place).is_dir():
@@ -247,7 +245,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of a prompt that is gated by itself: characters `start` to `end`, of which `content` is the text said."""
+    """A stretch of a prompt that is gated by itself: characters `start` to `end`; `content` is what was said there."""
 
     start: int
     end: int
@@ -256,7 +254,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class _ChatFormat:
-    """What a chat template writes around turns: before all, between an answer and the next question, after a question."""
+    """What a chat template writes before all turns, between an answer and the next question, and after a question."""
 
     head: str
     between: str

@@ -38,7 +38,8 @@ class ModelTable(Table):
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes (extra `quantization`)")
     chat_template: str | None = Field(None, description="a Jinja chat template instead of the tokenizer's own")
     batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="padded tokens of a batch; by itself: 8192 on a CPU, 65536 on a GPU, halved when memory is out"
+        None,
+        description="padded tokens of a batch; by itself: 8192 on a CPU, 65536 on a GPU, halved when memory is out",
     )
 
 
@@ -139,7 +140,8 @@ class Recipe(Table):
 
     def document(self) -> dict[str, Any]:
         """The recipe with every default filled in, as the plain tables of a TOML file."""
-        return _flatten(self.model_dump(mode="json", exclude_none=True))
+        tables: dict[str, Any] = _flatten(self.model_dump(mode="json", exclude_none=True))
+        return tables
 
 
 # Tables whose remaining keys belong to a registered function: the key that names it, and where it is looked up.
@@ -255,7 +257,9 @@ def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    return {key: value.model_dump(mode="json") if isinstance(value, Table) else value for key, value in vars(run).items()}
+    return {
+        key: value.model_dump(mode="json") if isinstance(value, Table) else value for key, value in vars(run).items()
+    }
 
 
 def _points(raw: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -348,7 +352,8 @@ def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
     if not isinstance(table, dict):
         return table, []
     choice, registry = OPEN[name]
-    own = {"gate": GateTable, "tokens": TokensTable, "corruption": CorruptionTable}[name].model_fields
+    tables: dict[str, type[Table]] = {"gate": GateTable, "tokens": TokensTable, "corruption": CorruptionTable}
+    own = tables[name].model_fields
     closed = {key: value for key, value in table.items() if key in own and key != "parameters"}
     parameters = {key: value for key, value in table.items() if key not in closed}
     if name == "gate" and "classifier" in parameters:

@@ -162,7 +162,9 @@ def _describe_one(problem: Mapping[str, Any], schema: type[BaseModel], path: Seq
 
 def _is_branch(step: object, names: set[str]) -> bool:
     """Whether a step of a pydantic location names the branch of a union, which no recipe shows."""
-    return isinstance(step, str) and (step in names or re.match(r"(dict|list|tuple)\[|constrained-|function-", step) is not None)
+    return isinstance(step, str) and (
+        step in names or re.match(r"(dict|list|tuple)\[|constrained-|function-", step) is not None
+    )
 
 
 def _tables(schema: Any) -> list[type[BaseModel]]:

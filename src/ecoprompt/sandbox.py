@@ -288,7 +288,7 @@ def main(arguments: Sequence[str]) -> None:
         if done % 50 == 0 or done == total:
             sys.stderr.write(f"{what}: {done}/{total}\n")
 
-    # One thread: the weights then do not depend on the number of cores, and a second would save a third of the time.
+    # With one thread the weights do not depend on how many cores there are.
     torch.set_num_threads(1)
     build(Path(arguments[0]) if arguments else QUICKSTART, progress=show)
 

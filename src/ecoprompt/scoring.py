@@ -91,7 +91,9 @@ def halving(compute: Callable[[list[T]], list[Any]], batch: list[T]) -> list[Any
         return compute(batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
-            raise EcopromptError("out of memory on a single row; load the model in a smaller dtype or quantized") from None
+            raise EcopromptError(
+                "out of memory on a single row; load the model in a smaller dtype or quantized"
+            ) from None
     torch.cuda.empty_cache()
     middle = len(batch) // 2
     return halving(compute, batch[:middle]) + halving(compute, batch[middle:])

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: quickstart test check docs bench clean
+
+quickstart: $(STAMP)
+	$(BIN)/ecoprompt evaluate quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/tofu_mini.py
+
+clean:
+	rm -rf .venv results
+
+# torch first and by itself: its version is pinned to one that has a CPU build, and nothing else may choose another.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot]'
+	touch $(STAMP)
