@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ecoprompt.forget import Forget
 from ecoprompt.guard import Guard
 from ecoprompt.models import Loaded, encode, render
-from ecoprompt.registry import InputError, nearest
+from ecoprompt.registry import EcopromptError, InputError, nearest
+from ecoprompt.results import to_json
 from ecoprompt.scoring import decode, pad
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 BATCH = 16
+LINGER = 0.02
+"""Seconds that a batch waits for one more line of a producer that is about to write it."""
 COMMANDS = {"/reset": "forget the conversation so far", "/quit": "leave (so does Ctrl-D)", "/help": "show this"}
 
 
@@ -54,16 +57,29 @@ class Chat:
         self.guard = Guard(self.loaded.model, self.loaded.tokenizer, self.forget) if self.forget else None
 
     def __enter__(self) -> Chat:
-        (self.guard or nullcontext()).__enter__()
+        (self.guard or contextlib.nullcontext()).__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        (self.guard or nullcontext()).__exit__(*exception)
+        (self.guard or contextlib.nullcontext()).__exit__(*exception)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The messages that begin a conversation with `prompt`."""
         system = [{"role": "system", "content": self.options.system}] if self.options.system else []
         return [*system, {"role": "user", "content": prompt}]
+
+    @property
+    def room(self) -> int:
+        """How many tokens the model reads, question and answer together."""
+        text = self.loaded.model.config.get_text_config()
+        return getattr(text, "max_position_embeddings", None) or 1 << 30
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation; raises InputError for one that leaves no room for an answer."""
+        ids = encode(self.loaded.tokenizer, render(self.loaded.tokenizer, messages))
+        if len(ids) >= self.room:
+            raise InputError(f"found {len(ids)} tokens, expected fewer than the {self.room} that the model reads")
+        return ids
 
     def answer(
         self,
@@ -78,11 +94,11 @@ class Chat:
         """
         import torch
 
-        prompts = [encode(self.loaded.tokenizer, render(self.loaded.tokenizer, messages)) for messages in conversations]
-        most = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        prompts = [self.encode(messages) for messages in conversations]
         longest = max(map(len, prompts))
-        if longest >= most:
-            raise InputError(f"the conversation has {longest} tokens and the model reads {most}; /reset or shorten it")
+        if len(prompts) > 1 and longest + self.options.max_new_tokens > self.room:
+            # A long prompt leaves little room for its answer; it is not to cut the others' short.
+            return [answer for one in conversations for answer in self.answer([one], number)]
         ids, mask = pad(self.loaded, prompts, left=True)
         sampling = (
             {"do_sample": True, "temperature": self.options.temperature, "top_k": 0}
@@ -94,7 +110,7 @@ class Chat:
             out = self.loaded.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(self.options.max_new_tokens, most - longest),
+                max_new_tokens=min(self.options.max_new_tokens, self.room - longest),
                 streamer=_streamer(self.loaded, on_text) if on_text else None,
                 **(sampling or {"do_sample": False}),
             )
@@ -120,17 +136,25 @@ def converse(chat: Chat, console: Console, read: Callable[[], str], show_gate: b
     """A conversation until `read` (one line of the user's) raises EOFError or gives /quit."""
     history: list[dict[str, str]] = []
     number = 0
+    _note(console, "/help lists the commands, /quit leaves")
     while True:
         try:
-            line = read().strip()
+            line = read().encode(errors="replace").decode().strip()
         except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            _note(console, "/quit or Ctrl-D leaves")
+            continue
+        except UnicodeDecodeError:
+            _note(console, "that was not UTF-8 text")
+            continue
+        if line == "/quit":
             return
         if line.startswith("/"):
-            if line == "/quit":
-                return
-            if line == "/reset":
-                history = []
-            _explain_command(line, console)
+            history = [] if line == "/reset" else history
+            _note(console, *_explain(line))
             continue
         if not line:
             continue
@@ -139,16 +163,29 @@ def converse(chat: Chat, console: Console, read: Callable[[], str], show_gate: b
         try:
             (answer,) = chat.answer([asked], number, pieces)
         except KeyboardInterrupt:
-            console.print("\n[dim]stopped; this turn is not kept[/dim]")
+            console.print()
+            _note(console, "stopped; this turn is not kept")
             continue
         except InputError as error:
-            console.print(f"[red]{error}[/red]", highlight=False)
+            _note(console, f"the conversation is too long: {error}; /reset, or ask something shorter")
             continue
-        mark = "  [dim]· guarded[/dim]" if answer.flagged else ""
-        score = f"  [dim]· gate {answer.score:.4f}[/dim]" if show_gate and answer.score is not None else ""
-        console.print(mark + score, highlight=False)
+        except EcopromptError as error:
+            _note(console, str(error))
+            continue
+        _note(console, _marks(answer, show_gate))
         history = [*asked, {"role": "assistant", "content": answer.text}]
         number += 1
+
+
+def _marks(answer: Answer, show_gate: bool) -> str:
+    """What is shown behind an answer: whether its turn was guarded, and its score if that is wanted."""
+    score = f"  · gate {answer.score:.4f}" if show_gate and answer.score is not None else ""
+    return ("  · guarded" if answer.flagged else "") + score
+
+
+def _note(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class _Pieces:
@@ -161,67 +198,99 @@ class _Pieces:
     def __call__(self, text: str) -> None:
         text = text if self.begun else text.lstrip()
         self.begun = self.begun or bool(text)
-        self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        self.console.out(text, end="", highlight=False)
         self.console.file.flush()
 
 
-def _explain_command(line: str, console: Console) -> None:
+def _explain(line: str) -> list[str]:
+    """What is said to a line that begins with a slash."""
     if line == "/help":
-        for name, what in COMMANDS.items():
-            console.print(f"[dim]{name}  {what}[/dim]", highlight=False)
-    elif line == "/reset":
-        console.print("[dim]the conversation starts anew[/dim]")
-    else:
-        console.print(f"[dim]there is no command {line.split()[0]}; {nearest(line.split()[0], COMMANDS)}[/dim]")
+        return [f"{name:8}{what}" for name, what in COMMANDS.items()]
+    if line == "/reset":
+        return ["the conversation starts anew"]
+    return [f"there is no command {line.split()[0]}; {nearest(line.split()[0], COMMANDS)}"]
 
 
-def pipe(chat: Chat, lines: Iterable[str], out: TextIO, jsonl: bool = False, notes: TextIO | None = None) -> None:
+def pipe(chat: Chat, lines: Iterable[bytes], out: TextIO, jsonl: bool = False, notes: TextIO | None = None) -> None:
     """Answer one prompt a line, each by itself, in order; what waits on the input is answered in one batch.
 
-    With `jsonl`, objects with a `prompt` in, the same objects with `answer`, `flagged` and `score` out. `notes`, if
-    given, gets each prompt's score. Raises InputError for a line that is no such object, with all before it answered.
+    With `jsonl`, objects with a `prompt` in, the same objects with `answer`, `flagged` and `score` out, and blank lines
+    passed over. `notes`, if given, gets each prompt's score. Raises InputError that names the line for what is no
+    UTF-8 text, no such object, or too long for the model, with all before it answered.
     """
     number = 0
     for batch in _waiting(lines, 1 if chat.options.temperature > 0 else BATCH):
         records: list[dict[str, Any]] = []
         problem = None
-        for line in batch:
+        for place, line in enumerate(batch, number + 1):
             try:
-                records.append(_record(line, number + len(records) + 1) if jsonl else {"prompt": line.strip()})
+                record = _record(line, jsonl)
+                if record is not None:
+                    chat.encode(chat.messages(record["prompt"]))
+                    records.append(record)
             except InputError as error:
-                problem = error
+                problem = InputError(f"standard input, line {place}: {error}")
                 break
-        asked = [place for place, record in enumerate(records) if record["prompt"]]
+        asked = [place for place, record in enumerate(records) if record["prompt"].strip()]
         answers = [Answer("")] * len(records)
         conversations = [chat.messages(records[place]["prompt"]) for place in asked]
         for place, answer in zip(asked, chat.answer(conversations, number) if asked else [], strict=True):
             answers[place] = answer
         for record, answer in zip(records, answers, strict=True):
             told = {**record, "answer": answer.text, "flagged": answer.flagged, "score": answer.score}
-            out.write((json.dumps(told, ensure_ascii=False) if jsonl else " ".join(answer.text.split())) + "\n")
+            out.write((to_json(told, indent=None) if jsonl else " ".join(answer.text.split())) + "\n")
             if notes is not None:
                 notes.write(f"gate {'–' if answer.score is None else format(answer.score, '.4f')}\n")
         out.flush()
-        number += len(records)
+        number += len(batch)
         if problem is not None:
             raise problem
 
 
-def _record(line: str, number: int) -> dict[str, Any]:
+def raw_lines(stream: TextIO) -> Iterable[bytes]:
+    """The undecoded lines of a text stream, read through a buffer of their own: the interpreter closes the stream's at
+    its end, and dies if the thread that waits for a line still holds it."""
+    try:
+        return open(stream.fileno(), "rb", closefd=False)
+    except OSError:  # no file beneath, as under a test runner
+        return stream.buffer
+
+
+def _record(raw: bytes, jsonl: bool) -> dict[str, Any] | None:
+    """The prompt of a line, with what stands beside it; None for a blank line between JSON objects."""
+    try:
+        line = raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"found byte 0x{raw[error.start]:02x} that is not UTF-8, expected UTF-8 text") from None
+    if not jsonl:
+        return {"prompt": line}
+    if not line:
+        return None
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"standard input, line {number}: found text that is not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise InputError(
-            f"standard input, line {number}: expected an object with a text under 'prompt', found {line.strip()[:80]}"
-        )
+        to_json(record).encode()
+    except json.JSONDecodeError as error:
+        found = f"text that is not JSON ({error.msg.lower()} at column {error.colno})"
+        raise InputError(f"found {found}, expected an object with a text under 'prompt'") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"found JSON that cannot be read ({error}), expected an object with a 'prompt'") from None
+    if not isinstance(record, dict):
+        raise InputError(f"found {_short(record)}, expected an object with a text under 'prompt'")
+    if "prompt" not in record:
+        raise InputError(f"found no key 'prompt'; {nearest('prompt', record)}")
+    if not isinstance(record["prompt"], str):
+        raise InputError(f"'prompt': found {_short(record['prompt'])}, expected a text")
     return record
 
 
-def _waiting(lines: Iterable[str], most: int) -> Iterator[list[str]]:
+def _short(value: Any) -> str:
+    text = to_json(value, indent=None)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _waiting(lines: Iterable[bytes], most: int) -> Iterator[list[bytes]]:
     """The lines as they come, those that wait already together, at most `most` at a time."""
-    arrived: queue.Queue[str | BaseException | None] = queue.Queue(maxsize=4 * most)
+    arrived: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=4 * most)
 
     def fetch() -> None:
         try:
@@ -234,14 +303,13 @@ def _waiting(lines: Iterable[str], most: int) -> Iterator[list[str]]:
     threading.Thread(target=fetch, daemon=True).start()
     while True:
         batch = [arrived.get()]
-        while batch[-1] is not None and len(batch) < most and not arrived.empty():
-            batch.append(arrived.get())
-        texts = [line for line in batch if isinstance(line, str)]
+        with contextlib.suppress(queue.Empty):
+            while isinstance(batch[-1], bytes) and len(batch) < most:
+                batch.append(arrived.get(timeout=LINGER))
+        texts = [line for line in batch if isinstance(line, bytes)]
         if texts:
             yield texts
-        if isinstance(batch[-1], UnicodeDecodeError):
-            raise InputError(f"standard input is not UTF-8 text (byte {batch[-1].start})")
-        if isinstance(batch[-1], BaseException):
+        if isinstance(batch[-1], Exception):
             raise batch[-1]
         if batch[-1] is None:
             return

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import math
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -13,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import Console
 
     from ecoprompt.registry import Progress
@@ -26,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
@@ -35,7 +43,9 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key, typed as TOML: corruption.strength=50. Repeatable."
     ),
 ]
-OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where DIR/<recipe>/ is written.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", metavar="DIR", file_okay=False, help="Where DIR/<recipe>/ is written.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, needing neither model nor network.")
@@ -49,27 +59,24 @@ def _command(function: F) -> F:
 
     @functools.wraps(function)
     def translated(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        from ecoprompt.registry import EcopromptError
-
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             function(*args, **kwargs)
+            sys.stdout.flush()
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is saved", 130)
+            _fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(0) from None
-        except EcopromptError as error:
-            if debug:
-                raise
-            _fail(str(error), error.exit_status)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+                _drop_output()
             if debug:
-                raise
-            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+                traceback.print_exc()
+            _fail(*_message(error))
 
     # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
     import inspect
@@ -84,6 +91,24 @@ def _command(function: F) -> F:
     return function
 
 
+def _message(error: Exception) -> tuple[str, int]:
+    """What a user is told of an error, and the exit status."""
+    from ecoprompt.registry import EcopromptError
+
+    if isinstance(error, EcopromptError):
+        return str(error), error.exit_status
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{place}{error.strerror} (--debug shows where)", 1
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere: nobody reads it, and the interpreter would complain at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, status: int) -> None:
     for line in message.splitlines() or [""]:
         print(f"ecoprompt: {line}", file=sys.stderr)
@@ -91,9 +116,15 @@ def _fail(message: str, status: int) -> None:
 
 
 def _console(stderr: bool = False) -> Console:
+    """Colours and control codes go to a terminal only, whatever FORCE_COLOR says."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    class OurConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  (Rich calls it where it has caught the error, and would exit with status 1)
+
+    stream = sys.stderr if stderr else sys.stdout
+    return OurConsole(stderr=stderr, highlight=False, force_terminal=stream.isatty())
 
 
 @contextlib.contextmanager
@@ -147,6 +178,23 @@ def _main(
     """Options of the program itself."""
 
 
+def _number(
+    option: str, kind: type[int] | type[float], least: int, most: float = 2**63 - 1
+) -> Callable[[Any], int | float]:
+    """A parser of an option's number, from `least` to `most`."""
+
+    def parse(text: Any) -> int | float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and least <= value <= most:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        bound = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        raise typer.BadParameter(f"found '{text}', expected {what} {bound}", param_hint=f"'{option}'")
+
+    return parse
+
+
 @_command
 def train_classifier(
     recipe: RecipeArgument,
@@ -155,7 +203,10 @@ def train_classifier(
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train the recipe's gate, calibrate its threshold, measure its errors, and write a forget pack."""
+    """Train a recipe's gate and write a forget pack.
+
+    The gate's threshold is calibrated as the recipe asks, and its errors are measured on each of its data sets.
+    """
     from ecoprompt.forget import train_classifier
     from ecoprompt.recipe import load_recipe
 
@@ -183,7 +234,11 @@ def evaluate(
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Evaluate the recipe's runs on its benchmarks; started again, it goes on where it was."""
+    """Evaluate a recipe's runs on its benchmarks.
+
+    Prints the table of results and writes it, with every row, to DIR/<recipe>/. Started again after an
+    interruption, it goes on where it was.
+    """
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
@@ -208,20 +263,45 @@ def evaluate(
 
 @_command
 def chat(
-    model: Annotated[str, typer.Option("--model", help="An alias, a Hub id or a folder.")],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="An alias, a Hub id or a folder.")],
     forget: Annotated[
         str | None,
-        typer.Option("--forget", help="A recipe, a forget pack's folder or a Hub id; none: the plain model."),
+        typer.Option(
+            "--forget", metavar="FORGET", help="A recipe, a forget pack's folder or a Hub id; none: the plain model."
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy; above: sampled.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")] = 0,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            metavar="N",
+            parser=_number("--max-new-tokens", int, 1),
+            help="The most tokens of an answer.",
+        ),
+    ] = 200,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            parser=_number("--temperature", float, 0, 100),
+            help="0: the likeliest answer; above: sampled, the wilder the higher.",
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", parser=_number("--seed", int, 0, 2**32), help="Seed of sampling.")
+    ] = 0,
     show_gate: Annotated[bool, typer.Option("--show-gate", help="Show the gate's score of each prompt.")] = False,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="On a pipe: JSON objects in and out.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="On a pipe: JSON objects in (prompt) and out (answer, flagged, score).")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Talk to a (guarded) model; on a pipe, one prompt a line in, one answer a line out."""
+    """Talk to a guarded or a plain model.
+
+    On a terminal, a conversation; on a pipe, one prompt a line in, one answer a line out.
+    """
     from ecoprompt.forget import load_forget
     from ecoprompt.models import load_model, resolve
     from ecoprompt.recipe import parse_model
@@ -230,18 +310,18 @@ def chat(
     resolve(model)
     with _progress() as progress:
         spec = load_forget(forget, progress) if forget is not None else None
+        progress("loading the model", 0, 1)
         loaded = load_model(settings)
-    from ecoprompt.chat import Chat, Options, converse, pipe
+    from ecoprompt.chat import Chat, Options, converse, pipe, raw_lines
 
     with Chat(loaded, spec, Options(max_new_tokens, temperature, seed, system)) as session:
-        if sys.stdin.isatty() and not jsonl:
+        if sys.stdin.isatty() and sys.stdout.isatty() and not jsonl:
             import readline  # noqa: F401  (line editing and recall in input())
 
             converse(session, _console(), functools.partial(input, "> "), show_gate)
         else:
-            sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
             sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-            pipe(session, sys.stdin, sys.stdout, jsonl, sys.stderr if show_gate else None)
+            pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
 
 
 def _print_json(document: Any) -> None:
@@ -269,6 +349,21 @@ def _print_plan(recipe: Any, json: bool) -> None:
     print(f"# devices: {planned['devices']}")
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, put off while torch is imported: its C++ code would abort the process."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        threading.Timer(0.05, signal.raise_signal, [number]).start()
+    else:
+        signal.default_int_handler(number, frame)
+
+
 def main() -> None:
     """The console script."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    # A stream that the caller has closed is one where nothing comes from and where nothing is seen.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     app()

@@ -208,19 +208,20 @@ def _run(
     guard = None
     if trained is not None and run.tokens is not None and run.corruption is not None:
         guard = Guard(loaded.model, loaded.tokenizer, make_forget(trained, run.tokens, run.corruption, run.seed or 0))
-    corrupted = digest(run.tokens, run.corruption, run.seed) if guard else None
     with guard or nullcontext():
         decisions = guard.decide([encode(loaded.tokenizer, prompt) for prompt, _ in requests]) if guard else None
         asked: list[Asked] = []
         new: dict[str, Request] = {}
         for number, (item, (_, by_input)) in enumerate(zip(items, requests, strict=True)):
             decision = decisions[number] if decisions else None
-            flagged = decision is not None and decision.flagged
+            corrupted = None
+            if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
+                corrupted = digest(run.tokens, run.corruption, run.seed, decision.positions)
             keys: dict[str, list[str]] = {}
             for name, wanted in by_input.items():
-                keys[name] = [request.key(loaded.fingerprint, corrupted if flagged else None) for request in wanted]
+                keys[name] = [request.key(loaded.fingerprint, corrupted) for request in wanted]
                 new.update(zip(keys[name], wanted, strict=True))
-            asked.append(Asked(item, keys, flagged, decision.score if decision else None))
+            asked.append(Asked(item, keys, corrupted is not None, decision.score if decision else None))
         todo = [(key, request) for key, request in new.items() if key not in claimed]
         seconds = answer(loaded, todo, store, guard, run.model.batch_tokens, progress)
     claimed.update(new)

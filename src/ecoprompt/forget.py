@@ -95,6 +95,7 @@ class Forget:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         tokens = {"select": self.tokens} if isinstance(self.tokens, str) else dict(self.tokens)
         scope, select = tokens.pop("scope", "prompt"), tokens.pop("select", "all")
         corruption = dict(self.corruption)
@@ -109,6 +110,21 @@ class Forget:
         object.__setattr__(self, "corruption", {"method": method, **bound})
         if not hasattr(self.gate, "score"):
             object.__setattr__(self, "gate", _Callable(self.gate))
+
+    def _check_types(self) -> None:
+        problems = [
+            f"'{name}': found {value!r}, expected {expected}"
+            for name, value, expected, right in (
+                ("gate", self.gate, "a gate or a function", hasattr(self.gate, "score") or callable(self.gate)),
+                ("gate.threshold", self.threshold, "a number from 0 to 1", _is_probability(self.threshold)),
+                ("tokens", self.tokens, "a name or a table", isinstance(self.tokens, (str, Mapping))),
+                ("corruption", self.corruption, "a table", isinstance(self.corruption, Mapping)),
+                ("seed", self.seed, "a whole number", type(self.seed) is int),
+            )
+            if not right
+        ]
+        if problems:
+            raise InputError(*problems)
 
     @property
     def scope(self) -> str:
@@ -154,6 +170,9 @@ class Forget:
         inside = [number for number, (start, _) in enumerate(offsets) if turn.start <= start < turn.end]
         if turn.end >= len(text):  # special tokens at the very end may have no character of their own
             inside = [*inside, *range(inside[-1] + 1 if inside else 0, len(ids))]
+        # A turn may begin inside a token of the one before; a turn without any token of its own corrupts that one.
+        inside = inside or [n for n, (start, end) in enumerate(offsets) if start < turn.end and turn.start < end]
+        inside = inside or list(range(len(ids)))
         most = [number for number in inside if number != len(ids) - 1] or inside
         parameters = {key: value for key, value in self.tokens.items() if key not in ("select", "scope")}
         shifted = [(offsets[number][0] - turn.start, offsets[number][1] - turn.start) for number in inside]
@@ -173,7 +192,7 @@ class Forget:
         corrupted = embeddings.clone()
         for selection in decision.selections:
             generator = torch.Generator().manual_seed(self._noise_seed(selection.seed_ids))
-            index = torch.tensor(selection.positions, device=embeddings.device)
+            index = torch.tensor(selection.positions, dtype=torch.long, device=embeddings.device)
             corrupted[index] = method(embeddings[index], generator, **parameters)
         return corrupted
 
@@ -185,6 +204,10 @@ class Forget:
         """Raises InputError if the corruption asks for more dimensions than the model has."""
         if (dims := self.corruption.get("dims", 0)) > size:
             raise InputError(f"'corruption.dims': found {dims}, expected at most the model's hidden size, {size}")
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -218,10 +241,10 @@ def obtain_gate(
     if (folder / PACK).is_file():
         try:
             stored = _read_pack(folder)
-            if stored.get("trained", {}).get("digest") == trained_on:
+            if stored["trained"]["digest"] == trained_on:
                 gate = load_gate(folder / "gate", stored["gate"]["kind"])
                 return TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"])
-        except InputError:  # damaged, so it is made again
+        except (InputError, KeyError, TypeError):  # damaged, so it is made again
             pass
     trained = _train(table, data, seed, progress)
     save_pack(folder, recipe, trained, seed, trained_on)
@@ -252,6 +275,7 @@ def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> T
     held_out: list[str] = []
     if isinstance(table.threshold, Calibration):
         texts, held_out = hold_out(texts, table.threshold.held_out, seed)
+        conformal_threshold(np.zeros(len(held_out)), table.threshold.false_positive_rate)  # too few? say so at once
     gate = _make_gate(table, texts, seed, progress)
     if isinstance(table.threshold, Calibration):
         threshold = conformal_threshold(gate.score(held_out), table.threshold.false_positive_rate)
@@ -293,9 +317,12 @@ def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, tra
     shutil.rmtree(beside, ignore_errors=True)
     trained.gate.save(beside / "gate")
     write_text_atomic(beside / PACK, tomli_w.dumps(document))
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)  # at once, where deleting it file by file could leave half a pack
     beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_pack(folder: Path) -> dict[str, Any]:
@@ -310,8 +337,8 @@ def _read_pack(folder: Path) -> dict[str, Any]:
     gate = tables.get("gate")
     if not isinstance(gate, dict) or not isinstance(gate.get("kind"), str):
         raise InputError(f"{path}: 'gate.kind': this key is needed")
-    if not isinstance(gate.get("threshold"), (int, float)):
-        raise InputError(f"{path}: 'gate.threshold': found {gate.get('threshold')!r}, expected a number")
+    if not _is_probability(gate.get("threshold")):
+        raise InputError(f"{path}: 'gate.threshold': found {gate.get('threshold')!r}, expected a number from 0 to 1")
     return tables
 
 
@@ -322,8 +349,8 @@ def load_pack(folder: Path) -> Forget:
         raise InputError(f"{folder / PACK}: no [corruption]; add one, with `method` and its parameters")
     gate = load_gate(folder / "gate", tables["gate"]["kind"])
     try:
-        threshold, seed = float(tables["gate"]["threshold"]), int(tables.get("seed", 0))
-        return Forget(gate, tables["corruption"], threshold, tables.get("tokens", "all"), seed)
+        threshold, tokens = tables["gate"]["threshold"], tables.get("tokens", "all")
+        return Forget(gate, tables["corruption"], threshold, tokens, tables.get("seed", 0))
     except InputError as error:
         raise InputError(*(f"{folder / PACK}: {problem}" for problem in error.problems)) from None
 

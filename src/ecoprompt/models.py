@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import socket
 import tomllib
 import urllib.parse
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if not loop.first %}\n{% endif %}{{ m['content'] }}"
+    "{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """For a model whose tokenizer has no chat template: what was said, line by line, and nothing else."""
+
+HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def resolve(name: str) -> tuple[str, str | None]:
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"model '{name}': this folder holds no config.json, so it is not a saved model")
         return name, None
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a Hub id or an alias; {nearest(name, aliases())}")
     return name, None
 
@@ -72,6 +75,7 @@ def load_model(settings: ModelTable) -> Loaded:
         _check_reachable(settings.name, place)
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -86,7 +90,7 @@ def load_model(settings: ModelTable) -> Loaded:
         if settings.device_map:
             options["device_map"] = settings.device_map
         model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _explain(settings.name, place, error) from error
     if cuda and not settings.device_map and not settings.quantization:
         model = model.to("cuda")
@@ -190,15 +194,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
 def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], answer: str) -> str:
     """What the model would write after `render(tokenizer, messages)` to answer `answer`, with what closes its turn:
     the template's own end of a turn, or the end-of-sequence token where the template writes none."""
-    prompt = render(tokenizer, messages)
+    prompt, answer = render(tokenizer, messages), answer.strip()
     whole = str(tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False))
-    completion = whole.removeprefix(prompt)
-    before, found, after = completion.partition(answer.strip())
+    before, found, after = whole.removeprefix(prompt).partition(answer)
     if not whole.startswith(prompt) or not found:  # the template rewrites what went before
         before, after = "", ""
     if not before and prompt and not prompt[-1].isspace():
         before = " "
-    return before + answer.strip() + (after.strip() or tokenizer.eos_token or "")
+    return before + answer + (after.strip() or tokenizer.eos_token or "")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, start: bool = True) -> list[int]:
@@ -254,16 +257,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class _ChatFormat:
-    """What a chat template writes before all turns, between an answer and the next question, and after a question."""
+    """What a chat template writes before all turns, between an answer and the next question (of which `end` closes the
+    answer), and after a question."""
 
     head: str
     between: str
+    end: str
     close: str
 
     @property
     def open(self) -> str:
-        """What stands right before every user turn: the common end of `head` and `between`."""
-        pairs = zip(reversed(self.head), reversed(self.between), strict=False)
+        """What stands right before every user turn: the common end of `head` and of `between` past the answer's end."""
+        pairs = zip(reversed(self.head), reversed(self.between.removeprefix(self.end)), strict=False)
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
         return "".join(character for character, _ in same)[::-1]
 
@@ -278,7 +283,8 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatForm
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
         rest = render(tokenizer, messages)
-    except (ValueError, jinja2.TemplateError):
+        answered = str(tokenizer.apply_chat_template(messages[:2], tokenize=False))
+    except (ValueError, TypeError, ArithmeticError, LookupError, jinja2.TemplateError):
         return None
     pieces = []
     for mark in marks:
@@ -286,7 +292,8 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatForm
         if not found:
             return None
         pieces.append(piece)
-    learnt = _ChatFormat(head=pieces[0], between=pieces[2], close=rest)
+    end = os.path.commonprefix([answered.partition(marks[1])[2], pieces[2]])
+    learnt = _ChatFormat(head=pieces[0], between=pieces[2], end=end, close=rest)
     told_apart = learnt.open.strip() and learnt.close.strip() and learnt.between != learnt.open
     return learnt if told_apart and pieces[1].startswith(learnt.close.rstrip()) else None
 
@@ -306,8 +313,9 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
         return whole
     found: list[Turn] = []
     position = 0
-    if header + learnt.open != learnt.head:  # somebody's system prompt
-        found.append(Turn(0, len(header), _without_special_tokens(tokenizer, header)))
+    system = _without_special_tokens(tokenizer, header)
+    if system and system != _without_special_tokens(tokenizer, learnt.head.removesuffix(learnt.open)):
+        found.append(Turn(0, len(header), system))  # not the template's own system prompt, but somebody's
         position = len(header)
     cursor = len(header) + len(learnt.open)
     for number, part in enumerate(rounds):
@@ -326,6 +334,12 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    for token in tokenizer.all_special_tokens:
-        text = text.replace(token, " ")
-    return text.strip()
+    return _special_tokens(tokenizer).sub(" ", text).strip()
+
+
+@functools.lru_cache(maxsize=64)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches any special token, the longest first; those that only mark up a chat are no named ones of `tokenizer`."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
-import itertools
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ecoprompt.registry import InputError, Registry, benchmarks, corruptions, describe, gates, nearest, selectors
+from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
 
 
 class Table(BaseModel):
     """A table of a recipe: frozen, typed strictly, refusing unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelTable(Table):
@@ -95,18 +96,12 @@ class RunTable(Table):
     prefix: str | None = Field(None, description="text put before every prompt; `{{ targets }}` names the forget set's")
     corruption: CorruptionTable | None = Field(None, description="another corruption than `[corruption]`")
 
-    @model_validator(mode="after")
-    def _corruption_is_guarded(self) -> RunTable:
-        if self.corruption is not None and not self.forget:
-            raise ValueError("a run with its own corruption needs forget = true")
-        return self
-
 
 class EvaluateTable(Table):
     """A benchmark to evaluate every run on."""
 
     benchmark: str = Field(description="name of the benchmark")
-    limit: Annotated[int, Field(ge=1)] | dict[str, int] | None = Field(
+    limit: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None, description="rows of a seeded sample, for every subset or by subset; default: all rows"
     )
 
@@ -114,7 +109,7 @@ class EvaluateTable(Table):
 class Recipe(Table):
     """One experiment. Every command reads its own tables of it."""
 
-    name: str = Field("", pattern=r"^[\w.-]*$", description="names the results; default: the file's name")
+    name: str = Field("", pattern=r"^([\w-][\w.-]*)?$", description="names the results; default: the file's name")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of samples, gate training and noise")
     model: ModelTable = ModelTable()
     data: DataTable | None = None
@@ -126,31 +121,26 @@ class Recipe(Table):
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="dotted key = list of values: one run for each combination"
     )
-
-    @model_validator(mode="after")
-    def _runs_have_what_they_need(self) -> Recipe:
-        for name, run in self.run.items():
-            if run.model is None and self.model.name is None:
-                raise ValueError(f"[run.{name}] names no model and there is no [model] name")
-            if run.forget and run.corruption is None and self.corruption is None:
-                raise ValueError(f"[run.{name}] has forget = true, but there is no [corruption]")
-            if run.forget and self.data is None and "classifier" not in self.gate.parameters:
-                raise ValueError(f"[run.{name}] has forget = true, but neither [data] forget nor [gate] classifier")
-        return self
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """The recipe with every default filled in, as the plain tables of a TOML file."""
-        tables: dict[str, Any] = _flatten(self.model_dump(mode="json", exclude_none=True))
+        """The recipe as the plain tables of a TOML file, every default filled in but those that depend on a sweep."""
+        tables: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        for holder in (tables, *tables["run"].values()):
+            holder |= {name: _flatten(holder[name]) for name in OPEN if name in holder}
+        tables = {name: table for name, table in tables.items() if table not in ({}, [])}
+        for path in map(key_path, self.sweep):
+            if path[-2:-1] and path[-1] == OPEN.get(path[-2], ("",))[0]:  # the defaults are those of the function swept
+                set_key(tables, path[:-1], functools.reduce(dict.__getitem__, path[:-1], self._written))
         return tables
 
 
 # Tables whose remaining keys belong to a registered function: the key that names it, and where it is looked up.
-OPEN: dict[str, tuple[str, Registry]] = {
-    "gate": ("kind", gates),
-    "tokens": ("select", selectors),
-    "corruption": ("method", corruptions),
+OPEN: dict[str, tuple[str, Registry, type[Table]]] = {
+    "gate": ("kind", gates, GateTable),
+    "tokens": ("select", selectors, TokensTable),
+    "corruption": ("method", corruptions, CorruptionTable),
 }
-SWEPT = ("seed", "model", "gate", "tokens", "corruption", "run")
 
 
 @dataclass(frozen=True)
@@ -191,32 +181,42 @@ def find_recipe(reference: str) -> Path:
     known = shipped()
     if path.parent in (Path(), Path("recipes")) and path.name.removesuffix(".toml") in known:
         return known[path.name.removesuffix(".toml")]
-    what = "is a folder, not a recipe" if path.is_dir() else "there is no such recipe"
-    raise InputError(f"{reference}: {what}; shipped recipes: {nearest(path.name.removesuffix('.toml'), known)}")
+    what = "this is a folder, not a recipe" if path.is_dir() else "there is no such file, and no such shipped recipe"
+    raise InputError(f"{reference}: {what}; {nearest(path.name.removesuffix('.toml'), known)}")
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, and check all of it, every point of its sweep included."""
     path = find_recipe(reference)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    raw.setdefault("name", path.stem)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    raw.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
     for override in overrides:
-        _set(raw, *_parse_override(override))
+        set_key(raw, *parse_override(override))
     return parse_recipe(raw, str(path))
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """Check the plain tables of a recipe; `where` names their source in messages. All mistakes at once."""
-    recipe, problems = _validate(raw)
-    for _, point in _points(raw):
-        problems += _validate(point)[1]
-    if recipe is None or problems:
-        raise InputError(*(f"{where}: {problem}" for problem in dict.fromkeys(problems)))
+    problems = check_sweep(raw)
+    written = dict(raw)
+    if not problems:
+        try:
+            tables = [table for _, table in points(raw)]
+            written = merge(tables[0], raw)  # what is only swept is not stated twice
+            problems = [problem for table in tables for problem in _validate(table)[1]]
+        except InputError as error:
+            problems = list(error.problems)
+    recipe, found = _validate(written)
+    if recipe is None or problems or found:
+        raise InputError(*(f"{where}: {problem}" for problem in dict.fromkeys([*found, *problems])))
+    recipe._written = written
     return recipe
 
 
@@ -230,22 +230,27 @@ def parse_model(raw: Mapping[str, Any]) -> ModelTable:
 
 def resolve_runs(recipe: Recipe) -> list[Run]:
     """The runs of a recipe in order; one that a sweep changes is repeated and named `eco[corruption.strength=5]`."""
-    swept: dict[str, dict[str, Run]] = {name: {} for name in recipe.run}
-    for label, raw in _points(recipe.document()):
+    swept: dict[str, list[tuple[dict[str, str], Run]]] = {name: [] for name in recipe.run}
+    for values, raw in points(recipe._written or recipe.document()):
         point, problems = _validate(raw)
         if point is None:
             raise InputError(*problems)
         for name, table in point.run.items():
-            swept[name][label] = _resolve(name, table, point)
-    runs: list[Run] = []
-    for name, by_label in swept.items():
-        same = len({digest(_plain(run)) for run in by_label.values()}) == 1
-        for label, run in by_label.items():
-            if same:
-                runs.append(run)
-                break
-            runs.append(Run(**{**vars(run), "name": f"{name}[{label}]"}))
-    return runs
+            swept[name].append((values, _resolve(name, table, point)))
+    runs: dict[str, Run] = {}
+    for name, found in swept.items():
+        changing = [key for key in recipe.sweep if _changes(key, found)]
+        for values, run in found:
+            label = ",".join(f"{key}={values[key]}" for key in changing)
+            labelled = f"{name}[{label}]" if label else name
+            runs.setdefault(labelled, replace(run, name=labelled))
+    return list(runs.values())
+
+
+def _changes(key: str, found: Sequence[tuple[dict[str, str], Run]]) -> bool:
+    """Whether runs differ at points of a sweep that differ in `key` alone."""
+    others = [tuple(value for name, value in values.items() if name != key) for values, _ in found]
+    return len(set(zip(others, (digest(_plain(run)) for _, run in found), strict=True))) > len(set(others))
 
 
 def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
@@ -262,67 +267,10 @@ def _plain(run: Run) -> dict[str, Any]:
     }
 
 
-def _points(raw: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Each combination of a sweep as (label, tables without the sweep); without a sweep the one point `""`."""
-    sweep = raw.get("sweep") or {}
-    if not isinstance(sweep, Mapping) or not all(isinstance(v, list) and v for v in sweep.values()):
-        return  # the schema reports it
-    for values in itertools.product(*sweep.values()):
-        point = copy.deepcopy({key: value for key, value in raw.items() if key != "sweep"})
-        for key, value in zip(sweep, values, strict=True):
-            _set(point, key.split("."), value)
-        yield ",".join(f"{key}={_show(value)}" for key, value in zip(sweep, values, strict=True)), point
-
-
-def _show(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _parse_override(override: str) -> tuple[list[str], Any]:
-    """`corruption.strength=50` as its key path and its value, typed as TOML; a bare word is a string."""
-    key, equals, value = override.partition("=")
-    try:
-        path = _path(tomllib.loads(f"{key.strip()} = 0"))
-    except tomllib.TOMLDecodeError:
-        path = []
-    if not equals or not path:
-        raise InputError(f"--set {override}: expected KEY=VALUE, as in corruption.strength=50")
-    try:
-        return path, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        if any(mark in value for mark in "\"'[]{}\n"):
-            raise InputError(f"--set {override}: '{value}' is not a TOML value") from None
-        return path, value
-
-
-def _path(table: Any) -> list[str]:
-    path = []
-    while isinstance(table, dict):
-        ((key, table),) = table.items()
-        path.append(key)
-    return path
-
-
-def _set(raw: Any, path: Sequence[str], value: Any) -> None:
-    """Set the key at `path`, in every entry where a list of tables lies on the way."""
-    if isinstance(raw, list):
-        for entry in raw:
-            _set(entry, path, value)
-    elif isinstance(raw, dict) and len(path) == 1:
-        raw[path[0]] = value
-    elif isinstance(raw, dict):
-        _set(raw.setdefault(path[0], {}), path[1:], value)
-    else:
-        raise InputError(f"'{'.'.join(path)}' cannot be set: what it stands under is not a table")
-
-
 def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, or all that is wrong with it."""
     tables, problems = _bind_open_tables(raw)
-    for key in tables.get("sweep") or {}:
-        if key.split(".")[0] not in SWEPT:
-            problems.append(f"'sweep.{key}': cannot be swept; what can: {', '.join(SWEPT)}")
-    problems += _check_benchmarks(raw)
+    problems += [*_check_runs(raw), *_check_benchmarks(raw)]
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
@@ -335,8 +283,8 @@ def _bind_open_tables(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     tables = dict(raw)
     problems: list[str] = []
     for name in OPEN:
-        if name in raw:
-            tables[name], found = _bind(name, name, raw[name])
+        if name in raw or name != "corruption":
+            tables[name], found = _bind(name, name, raw.get(name, {}))
             problems += found
     if isinstance(raw.get("run"), dict):
         tables["run"] = dict(raw["run"])
@@ -351,9 +299,8 @@ def _bind_open_tables(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
     if not isinstance(table, dict):
         return table, []
-    choice, registry = OPEN[name]
-    tables: dict[str, type[Table]] = {"gate": GateTable, "tokens": TokensTable, "corruption": CorruptionTable}
-    own = tables[name].model_fields
+    choice, registry, schema = OPEN[name]
+    own = schema.model_fields
     closed = {key: value for key, value in table.items() if key in own and key != "parameters"}
     parameters = {key: value for key, value in table.items() if key not in closed}
     if name == "gate" and "classifier" in parameters:
@@ -369,14 +316,40 @@ def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
         return closed, list(error.problems)
 
 
+def _check_runs(raw: Mapping[str, Any]) -> list[str]:
+    """What runs need and neither they nor the other tables say."""
+    problems = []
+    model, gate, runs = (raw.get(name, {}) for name in ("model", "gate", "run"))
+    for name, run in runs.items() if isinstance(runs, dict) else ():
+        if not isinstance(run, dict):
+            continue
+        if "model" not in run and isinstance(model, dict) and "name" not in model:
+            problems.append(f"'run.{name}.model': [run.{name}] names no model and there is no [model] name")
+        if run.get("forget") is True and "corruption" not in run and "corruption" not in raw:
+            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is no [corruption]")
+        if run.get("forget") is True and "data" not in raw and isinstance(gate, dict) and "classifier" not in gate:
+            lacking = "neither [data] forget nor [gate] classifier"
+            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is {lacking}")
+        if "corruption" in run and run.get("forget", False) is False:
+            problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
+    return problems
+
+
 def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the names of benchmarks and of the forget set."""
+    """What is wrong with the names of benchmarks, of their subsets and of the forget set."""
     problems = []
     entries = raw.get("evaluate")
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
         name = entry.get("benchmark") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name not in benchmarks:
+        if not isinstance(name, str):
+            continue
+        if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
+            continue
+        for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
+            if subset not in benchmarks[name].subsets:
+                hint = nearest(subset, benchmarks[name].subsets)
+                problems.append(f"'evaluate.{number}.limit.{subset}': no such subset of {name}; {hint}")
     data = raw.get("data")
     forget = data.get("forget") if isinstance(data, dict) else None
     if isinstance(forget, str):
@@ -389,12 +362,7 @@ def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _flatten(value: Any) -> Any:
-    """Plain tables with the keys of `parameters` back beside those of their table, and empty tables left out."""
-    if isinstance(value, list):
-        return [_flatten(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    flat = {**value, **value.get("parameters", {})}
-    flat.pop("parameters", None)
-    return {key: _flatten(entry) for key, entry in flat.items() if entry is not None and entry != {}}
+def _flatten(table: dict[str, Any]) -> dict[str, Any]:
+    """An open table with the keys of its `parameters` beside its own."""
+    parameters = table.pop("parameters", {})
+    return table | {key: value for key, value in parameters.items() if value is not None}

@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import re
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,7 +112,7 @@ class Registry(Mapping[str, Any]):
                         annotation = eval(annotation, vars(inspect.getmodule(function)))  # noqa: S307
                     default = ... if parameter.default is inspect.Parameter.empty else parameter.default
                     fields[parameter.name] = (annotation, default)
-            config = ConfigDict(extra="forbid", frozen=True, strict=True)
+            config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
             self._schemas[name] = create_model(name, __config__=config, **fields)
         return self._schemas[name]
 
@@ -130,73 +132,95 @@ class Registry(Mapping[str, Any]):
 
 def describe(error: ValidationError, schema: type[BaseModel], where: str, what: str) -> list[str]:
     """One sentence for each key that a pydantic `error` finds fault with: what was found, what was expected."""
-    sentences: dict[str, str] = {}
-    branches = {table.__name__ for table in _tables(schema)} | {"float", "int", "str", "bool"}
+    sentences: dict[tuple[str, ...], str] = {}
     for problem in error.errors(include_url=False):
-        path = [str(step) for step in problem["loc"] if not _is_branch(step, branches)]
-        key = ".".join([where, *path] if where else path)
+        path, _ = _walk(schema, problem["loc"])
         sentence = _describe_one(problem, schema, path, what)
         # A union reports each of its branches: join them under one key, and let the deepest speak.
-        if key in sentences and " expected " in sentence:
-            sentences[key] += " or " + sentence.partition(" expected ")[2]
+        if path in sentences and " expected " in sentence:
+            sentences[path] += " or " + sentence.rpartition(" expected ")[2]
         else:
-            sentences[key] = sentence
-    deepest = [key for key in sentences if not any(other.startswith(key + ".") for other in sentences if key)]
-    return [f"'{key}': {sentences[key]}" if key else sentences[key] for key in deepest]
+            sentences[path] = sentence
+    deepest = [
+        path for path in sentences if not any(path and path == other[: len(path)] != other for other in sentences)
+    ]
+    keys = {path: ".".join([where, *path] if where else path) for path in deepest}
+    return [f"'{key}': {sentences[path]}" if key else sentences[path] for path, key in keys.items()]
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "too_short": "at least {min_length} of them",
+}
+"""What pydantic expected, by its type of error, in the words of a recipe."""
 
 
 def _describe_one(problem: Mapping[str, Any], schema: type[BaseModel], path: Sequence[str], what: str) -> str:
     if problem["type"] == "extra_forbidden":
-        names = _fields_at(schema, problem["loc"][:-1])
-        table = f"[{'.'.join(path[:-1])}]" if path[:-1] else what
-        return f"{table} has no key '{path[-1]}'; {nearest(path[-1], names)}"
+        _, table = _walk(schema, problem["loc"][:-1])
+        names = getattr(table, "model_fields", {})
+        place = f"[{'.'.join(path[:-1])}]" if path[:-1] else what
+        return f"{place} has no key '{path[-1]}'; {nearest(path[-1], names)}"
     if problem["type"] == "missing":
         return "this key is needed"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    found = problem["input"]
-    expected = re.sub(r"^(Input should (be|have)|[A-Z]\w+ should (be|have)) ", "", problem["msg"])
-    expected = re.sub(r"a valid dictionary or instance of \w+", "a table", expected)
-    return f"found {found!r}, expected {expected}"
+    found = show(problem["input"])
+    expected = re.sub(r"^(Input|[A-Z]\w+) should (be |have )?", "", problem["msg"])
+    expected = _EXPECTED.get(problem["type"], expected.replace("{", "{{").replace("}", "}}"))
+    limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in problem.get("ctx", {}).items()}
+    return f"found {found}, expected {expected.format(**limits)}"
 
 
-def _is_branch(step: object, names: set[str]) -> bool:
-    """Whether a step of a pydantic location names the branch of a union, which no recipe shows."""
-    return isinstance(step, str) and (
-        step in names or re.match(r"(dict|list|tuple)\[|constrained-|function-", step) is not None
-    )
+def show(value: object) -> str:
+    """A value found in a recipe, for a message: shortened, with true and false as TOML writes them."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _tables(schema: Any) -> list[type[BaseModel]]:
-    """All pydantic models that the fields of `schema` are made of."""
-    from pydantic import BaseModel
-
-    found: list[type[BaseModel]] = []
-    for field in schema.model_fields.values():
-        for member in _members(field.annotation):
-            if isinstance(member, type) and issubclass(member, BaseModel):
-                found += [member, *_tables(member)]
-    return found
-
-
-def _fields_at(schema: type[BaseModel], path: Sequence[object]) -> list[str]:
-    """The keys that are valid in the table at `path` of `schema`."""
-    from pydantic import BaseModel
-
+def _walk(schema: type[BaseModel], location: Sequence[object]) -> tuple[tuple[str, ...], Any]:
+    """What a recipe shows of a pydantic location (the branches of unions left out), and the type that stands there."""
+    path: list[str] = []
     here: Any = schema
-    for step in path:
-        if isinstance(step, str) and isinstance(here, type) and issubclass(here, BaseModel):
+    for step in location:
+        branches = _branches(here)
+        if len(branches) > 1:
+            kind = str(step).removeprefix("constrained-").partition("[")[0]
+            here = next((b for b in branches if getattr(b, "__name__", "") == kind), None)
+            continue
+        path.append(str(step))
+        here = branches[0] if branches else None
+        if hasattr(here, "model_fields"):
             field = here.model_fields.get(step)
-            here = field.annotation if field is not None else here
-        tables = [t for t in _members(here) if isinstance(t, type) and issubclass(t, BaseModel)]
-        here = tables[0] if tables else here
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+            here = field.annotation if field is not None else None
+        else:
+            inner = typing.get_args(here)[isinstance(step, str) :]
+            here = inner[0] if inner else None
+    branches = _branches(here)
+    return tuple(path), branches[0] if len(branches) == 1 else here
 
 
-def _members(annotation: Any) -> list[Any]:
-    """An annotation and the types inside it: `dict[str, Run] | None` gives Run among others."""
-    inner = [member for argument in getattr(annotation, "__args__", ()) for member in _members(argument)]
-    return [annotation, *inner]
+def _branches(annotation: Any) -> list[Any]:
+    """The members of a union without None, or the one type that `annotation` is; what annotates them is left out."""
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _branches(members[0])
+    if origin in (typing.Union, types.UnionType):
+        return [branch for member in members if member is not type(None) for branch in _branches(member)]
+    return [] if annotation is None else [annotation]
 
 
 corruptions = Registry("corruption", "ecoprompt.corruption")

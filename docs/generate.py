@@ -1,0 +1,296 @@
+"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md. `make docs` runs it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+from ecoprompt.benchmarks import Benchmark
+from ecoprompt.cli import app
+from ecoprompt.metrics import reads
+from ecoprompt.models import aliases
+from ecoprompt.recipe import OPEN, Recipe, shipped
+from ecoprompt.registry import Registry, aggregates, benchmarks, metrics
+from ecoprompt.sweep import SWEPT
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Made by docs/generate.py from the code: change that and run `make docs`. -->"
+
+
+def pages() -> dict[str, str]:
+    """The text of every generated page, by file name."""
+    return {"commands.md": commands_page(), "recipes.md": recipes_page(), "measures.md": measures_page()}
+
+
+def commands_page() -> str:
+    """The help of the program and of each of its commands, as the terminal shows it."""
+    parts = [
+        NOTE,
+        "# Commands",
+        "Results go to standard output, and nothing else does; progress and notes go to standard error. "
+        "`python -m ecoprompt` is the same program.",
+        table(
+            ["exit status", "meaning"],
+            [
+                ["0", "done"],
+                ["1", "the work failed: data, a model or the machine"],
+                ["2", "the input is wrong: a recipe, an option, a data file"],
+                ["130", "interrupted; what was finished is saved"],
+            ],
+        ),
+        fenced(help_of()),
+    ]
+    for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        parts += [f"## {name}", fenced(help_of(name))]
+    return page(parts)
+
+
+def recipes_page() -> str:
+    """Every key of a recipe, and what the open tables may name."""
+    schema = Recipe.model_json_schema()
+    parts = [
+        NOTE,
+        "# Recipes",
+        "A recipe is one TOML file for one experiment. Every command reads its own tables of it, an unknown key is "
+        "refused, and all mistakes of a recipe are listed at once. `--set KEY=VALUE` overrides any key, typed as TOML. "
+        f"Shipped recipes: {', '.join(f'`{name}`' for name in shipped())}.",
+        "`ecoprompt evaluate RECIPE --dry-run` prints a recipe with every default filled in.",
+        "## Keys outside the tables",
+        keys({name: field for name, field in schema["properties"].items() if not _table_of(field)}, (), schema),
+        f"`[sweep]` is the one place where a list means several runs; what can be swept is {_list(SWEPT)}. "
+        'With `[sweep]` and `"corruption.strength" = [1, 5]`, the run `eco` becomes `eco[corruption.strength=1]` and '
+        "`eco[corruption.strength=5]`; a run that the swept key does not change is done once.",
+    ]
+    for name, field in schema["properties"].items():
+        inner = _table_of(field)
+        if inner:
+            parts += _recipe_table(name, field, schema["$defs"][inner], schema)
+    for name, heading in {"corruption": "Corruptions", "tokens": "Token selectors", "gate": "Gate kinds"}.items():
+        choice, registry, _ = OPEN[name]
+        parts += [f"## {heading}", f"What `[{name}] {choice}` may be, and the further keys of its table."]
+        parts += registered(registry)
+    return page(parts)
+
+
+def _recipe_table(
+    name: str, field: Mapping[str, Any], inner: Mapping[str, Any], schema: Mapping[str, Any]
+) -> list[str]:
+    heading = {"run": "[run.NAME]", "evaluate": "[[evaluate]]"}.get(name, f"[{name}]")
+    shown = {key: value for key, value in inner["properties"].items() if key != "parameters"}
+    parts = [f"## {heading}", _sentence(inner["description"]), keys(shown, inner.get("required", ()), schema)]
+    for key, value in shown.items():
+        table_name = _table_of(value)
+        if table_name and f"[{name}]" != heading and table_name.startswith("Corruption"):
+            parts.append(f"`[run.NAME.{key}]` has the keys of `[{key}]`.")
+        elif table_name:
+            table_schema = schema["$defs"][table_name]
+            parts += [
+                f"`{key}` as a table: {_sentence(table_schema['description'])}",
+                keys(table_schema["properties"], table_schema["required"], schema),
+            ]
+    return parts
+
+
+def measures_page() -> str:
+    """Benchmarks, row metrics, aggregates and model aliases."""
+    parts = [
+        NOTE,
+        "# Benchmarks, metrics and models",
+        "A run's results hold its aggregates, and the mean of every metric of a subset as `SUBSET_METRIC`: "
+        "`forget_rouge`, `retain_probability`. On a forget set no direction is better in itself: there the aim is the "
+        "value of the `retain` run.",
+    ]
+    for name in benchmarks:
+        parts += _benchmark(benchmarks[name])
+    parts += ["## Metrics", "One value for each row.", table(["metric", "reads", "better", "value"], _metric_rows())]
+    parts += ["## Aggregates", "One value for each run, made of its rows' values."]
+    rows = [
+        [f"`{name}`", aggregates[name].better, _defaults(aggregates, name) or "–", _summary(aggregates[name])]
+        for name in aggregates
+    ]
+    parts += [table(["aggregate", "better", "keys", "value"], rows)]
+    rows = [
+        [
+            f"`{name}`",
+            f"`{alias['hub']}`" if "hub" in alias else "comes with the package",
+            "the paper's" if "chat_template" in alias else "the tokenizer's",
+        ]
+        for name, alias in aliases().items()
+    ]
+    parts += [
+        "## Model aliases",
+        "Where a model is named, an alias, a Hub id or a folder will do.",
+        table(["alias", "model", "prompt format"], rows),
+    ]
+    return page(parts)
+
+
+def _benchmark(benchmark: Benchmark) -> list[str]:
+    source = f"Hub data set `{benchmark.hub}`" if benchmark.hub else "Files that come with the package"
+    sets = [
+        [f"`{benchmark.name}/{name}`", str(len(one.targets)), _count(benchmark, name), f"`{one.retain}`"]
+        for name, one in benchmark.forget_sets.items()
+    ]
+    first = next(iter(benchmark.forget_sets), None)
+    counts = benchmark.dry_rows(first) if first else {}
+    subsets = [
+        [
+            f"`{name}`{' (forget set)' if subset.forget else ''}",
+            f"`{subset.config}`" if subset.config else "–",
+            str(counts.get(name) or "?"),
+            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()),
+        ]
+        for name, subset in benchmark.subsets.items()
+    ]
+    parts = [
+        f"## Benchmark {benchmark.name}",
+        f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.",
+        table(["forget set", "targets", "rows", "retain set"], sets),
+        table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets),
+        f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.",
+    ]
+    if benchmark.gate:
+        positive, negative = (
+            ", ".join(f"`{texts.config}`" for texts in part)
+            for part in (benchmark.gate.positive, benchmark.gate.negative)
+        )
+        checks = ", ".join(f"`{check.config}` ({check.field})" for check in benchmark.gate.checks.values())
+        parts.append(
+            f"A gate is trained to flag {positive} and to let {negative} through; it is also measured on {checks}."
+        )
+    return parts
+
+
+def _count(benchmark: Benchmark, forget_set: str) -> str:
+    counts = benchmark.dry_rows(forget_set)
+    return str(next((counts[name] for name, subset in benchmark.subsets.items() if subset.forget), None) or "?")
+
+
+def _metric_rows() -> list[list[str]]:
+    return [[f"`{name}`", ", ".join(reads(name)), metrics[name].better, _summary(metrics[name])] for name in metrics]
+
+
+def registered(registry: Registry) -> list[str]:
+    """Tables of all that `registry` holds (name, what it does, its keys with their defaults) and of these keys."""
+    rows, notes = [], []
+    kinds: dict[tuple[str, str, str], None] = {}
+    for name in registry:
+        rows.append([f"`{name}`", _summary(registry[name]), _defaults(registry, name) or "–"])
+        rest = (inspect.getdoc(registry[name]) or "").split("\n\n", 1)[1:]
+        notes += [f"`{name}`: {' '.join(rest[0].split())}"] if rest else []
+        schema = registry.schema(name).model_json_schema()
+        for key, field in schema.get("properties", {}).items():
+            kinds[f"`{key}`", _type(field, schema), _sentence(field.get("description", ""))] = None
+    described = any(said for _, _, said in kinds)
+    head = ["key", "type", "what it is"] if described else ["key", "type"]
+    key_rows = [list(row) if described else list(row[:2]) for row in kinds]
+    return [table([registry.kind, "what it does", "keys"], rows), *notes, table(head, key_rows)]
+
+
+def _defaults(registry: Registry, name: str) -> str:
+    """The keys of a registered function with their defaults; one without a default is needed."""
+    schema = registry.schema(name).model_json_schema()
+    needed = schema.get("required", ())
+    return ", ".join(
+        f"`{key}`" + (" (needed)" if key in needed else f" = {_value(field.get('default'))}")
+        for key, field in schema.get("properties", {}).items()
+    )
+
+
+def keys(fields: Mapping[str, Any], required: Sequence[str], schema: Mapping[str, Any]) -> str:
+    """A table of keys with type, default and description."""
+    rows = [
+        [
+            f"`{name}`",
+            _type(field, schema),
+            "needed" if name in required else _value(field.get("default")),
+            _sentence(field.get("description", "")),
+        ]
+        for name, field in fields.items()
+    ]
+    return table(["key", "type", "default", "what it is"], rows)
+
+
+def _table_of(field: Mapping[str, Any]) -> str | None:
+    """The name of the table that a field is, holds by name, lists, or may be."""
+    inner = [field, field.get("items", {}), field.get("additionalProperties", {}), *field.get("anyOf", [])]
+    found = [str(one["$ref"]).rpartition("/")[2] for one in inner if isinstance(one, dict) and "$ref" in one]
+    return found[0] if found else None
+
+
+def _type(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """The type of a JSON schema's field in words."""
+    if "anyOf" in field:
+        kinds = [_type(one, schema) for one in field["anyOf"] if one.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "$ref" in field:
+        return "table"
+    if "enum" in field or "const" in field:
+        return ", ".join(f'`"{value}"`' for value in field.get("enum", [field.get("const")]))
+    kind = field.get("type")
+    if kind == "array":
+        return "list" if not field.get("items", {}).get("type") else f"list of {_type(field['items'], schema)}s"
+    names = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "text"}
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {field[limit]:g}" for limit, sign in limits.items() if limit in field]
+    if field.get("multipleOf") == 2:
+        bounds.append("even")
+    return " ".join([names.get(str(kind), "table"), ", ".join(bounds)]).strip()
+
+
+def _value(value: Any) -> str:
+    """A default as TOML writes it."""
+    if value is None or value in ("", [], {}):
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, list):
+        return "`[" + ", ".join(f'"{one}"' for one in value) + "]`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def _summary(function: Any) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    text = text[:1].upper() + text[1:]
+    return text if not text or text.endswith(".") else text + "."
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def help_of(*command: str) -> str:
+    """The help text of a command, 80 columns wide whatever the terminal."""
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="ecoprompt", env={"COLUMNS": "80"})
+    return shown.stdout.strip("\n")
+
+
+def fenced(text: str) -> str:
+    """`text` as a block of its own."""
+    return f"```text\n{text}\n```"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    cells = [list(head), ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def page(parts: Iterable[str]) -> str:
+    """Paragraphs with an empty line between them."""
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,375 @@
+"""`cli.py`: streams, JSON, dry runs, exit statuses, interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ecoprompt
+from ecoprompt import cli, forget, recipe
+from ecoprompt.cli import app
+
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ecoprompt.cli import main; main()"
+)
+SMALL = ["--set", "evaluate.limit=6", "--set", "model.batch_tokens=600"]
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 120, **options}
+    return subprocess.run(
+        [sys.executable, "-m", "ecoprompt", *arguments], capture_output=True, text=True, encoding="utf-8", **options
+    )
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"ecoprompt {ecoprompt.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["chat", "-h"], ["evaluate", "-h"]])
+def test_help_is_a_result(arguments: list[str]) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage:")
+    assert result.stderr == ""
+    assert "..." not in result.stdout.partition("\n")[2]  # nothing is cut
+    assert "range>" not in result.stdout
+
+
+def test_every_command_has_its_help() -> None:
+    listed = runner.invoke(app, ["-h"]).stdout.partition("Commands:")[2]
+    for name in ("train-classifier", "evaluate", "chat"):
+        assert re.search(rf"^  {name} +\S.*\.$", listed, re.MULTILINE)
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        assert command("--help").returncode == 0
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "Usage:"),
+        (["evalaute"], "No such command 'evalaute'. Did you mean 'evaluate'?"),
+        (["evaluate"], "Missing argument 'RECIPE'"),
+        (["evaluate", "quickstart", "--jsn"], "No such option: --jsn"),
+        (["evaluate", "quickstart", "--set"], "'--set' requires an argument"),
+        (["chat"], "Missing option '--model'"),
+        (["chat", "--model", "quickstart", "--seed", "x"], "'--seed': found 'x', expected a whole number from 0 to"),
+        (["chat", "--model", "quickstart", "--temperature", "nan"], "found 'nan', expected a number from 0 to 100"),
+        (["chat", "--model", "quickstart", "--max-new-tokens", "0"], "expected a whole number of at least 1"),
+        (["evaluate", "quickstart", "--output", __file__], "is a file"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], told: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert result.stderr.count("Error:") == bool(arguments)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", [*recipe.shipped(), *(f"recipes/{name}.toml" for name in recipe.shipped())])
+def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
+    stem = Path(name).stem
+    result = runner.invoke(app, ["evaluate", name, "--dry-run"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    printed = tomllib.loads(result.stdout)  # what is no TOML is a comment
+    assert printed["name"] == stem
+    assert printed["gate"]["threshold"] > 0
+    for run in printed["run"]:
+        assert f"# run {run}: " in result.stdout
+    assert f"# rows of {printed['evaluate'][0]['benchmark']}: " in result.stdout
+    assert "# devices: " in result.stdout
+    document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
+    assert set(document) == {"recipe", "runs", "rows", "devices"}
+    assert document["runs"]["eco"]["guarded"]
+    assert list(folder.iterdir()) == []
+
+
+def test_what_a_dry_run_prints_is_a_recipe_that_does_the_same(folder: Path) -> None:
+    first = runner.invoke(app, ["evaluate", "quickstart", "--dry-run"]).stdout
+    (folder / "again.toml").write_text(first, encoding="utf-8")
+    assert runner.invoke(app, ["evaluate", "again.toml", "--dry-run"]).stdout == first
+
+
+def test_the_device_plan_needs_no_torch() -> None:
+    code = "import sys; from ecoprompt.cli import app; app(standalone_mode=False); print('torch' in sys.modules)"
+    arguments = [sys.executable, "-c", code, "evaluate", "tofu", "--dry-run"]
+    printed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "False"
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does() -> None:
+    plain, debug = command("evaluate", "nope"), command("evaluate", "nope", "--debug")
+    assert plain.returncode == 2
+    assert plain.stderr.startswith("ecoprompt: nope: there is no such ")
+    assert plain.stderr.count("\n") == 1
+    assert debug.stderr.startswith("Traceback")
+    assert debug.stderr.endswith(plain.stderr)
+    assert debug.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (RuntimeError("boom"), 1, "ecoprompt: RuntimeError: boom (--debug shows where)\n"),
+        (PermissionError(13, "Permission denied", "there"), 1, "ecoprompt: there: Permission denied (--debug"),
+        (OSError("odd"), 1, "ecoprompt: OSError: odd (--debug shows where)\n"),
+        (ecoprompt.EcopromptError("no luck"), 1, "ecoprompt: no luck\n"),
+        (ecoprompt.InputError("one", "two"), 2, "ecoprompt: one\necoprompt: two\n"),
+        (KeyboardInterrupt(), 130, "ecoprompt: interrupted; what was finished is kept\n"),
+    ],
+)
+def test_an_error_is_a_message_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, told: str
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(recipe, "load_recipe", fail)
+    result = runner.invoke(app, ["evaluate", "quickstart"])
+    assert result.exit_code == status
+    assert result.stderr.startswith(told)
+    assert result.stdout == ""
+    debug = runner.invoke(app, ["evaluate", "quickstart", "--debug"])
+    assert debug.exit_code == status
+    assert debug.stderr.endswith(result.stderr)
+    assert ("Traceback" in debug.stderr) == isinstance(error, Exception)
+
+
+def test_ctrl_c_waits_until_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's C++ code aborts the process if it meets a KeyboardInterrupt while it is being initialised."""
+    module = types.ModuleType("torch")
+    module.__spec__ = types.SimpleNamespace(_initializing=True)  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "torch", module)
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    cli._interrupt(signal.SIGINT, None)
+    deadline = time.monotonic() + 10
+    while not raised and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert raised == [signal.SIGINT]
+    module.__spec__ = None
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt(signal.SIGINT, None)
+
+
+def test_a_full_disk_is_one_message() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        arguments = [sys.executable, "-m", "ecoprompt", "evaluate", "quickstart", "--dry-run"]
+        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "ecoprompt: No space left on device (--debug shows where)\n")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, "-m", "ecoprompt", "evaluate", "quickstart", "--dry-run"]
+    result = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_reader_of_a_table_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        cli._console().print("a table")
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_an_empty_one(stream: str) -> None:
+    number = {"stdin": "0", "stdout": "1", "stderr": "2"}[stream]
+    line = f'"$0" -m ecoprompt evaluate quickstart --dry-run {number}>&-'
+    result = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def printed(stream: io.StringIO) -> str:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli._console().print("[red]x[/red]")
+        return stream.getvalue()
+
+    assert printed(Screen()) == "\x1b[31mx\x1b[0m\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert printed(io.StringIO()) == "x\n"
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert printed(Screen()) == "x\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of results after `train-classifier`, and what `--json` printed; test_chat.py uses the same."""
+    folder = tmp_path_factory.getbasetemp() / "quickstart"
+    if not folder.exists():
+        result = runner.invoke(app, ["train-classifier", "quickstart", "--output", str(folder / "results"), "--json"])
+        assert (result.exit_code, result.stderr) == (0, "")
+        (folder / "printed.json").write_text(result.stdout, encoding="utf-8")
+    return folder / "results", json.loads((folder / "printed.json").read_text(encoding="utf-8"))
+
+
+def test_train_classifier_prints_its_errors_and_the_pack(
+    trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, document = trained
+    pack = output / "quickstart" / "pack"
+    assert document["pack"] == str(pack)
+    assert document["threshold"] == 0.5
+    assert {"data", "flag", "prompts", "errors"} <= set(document["measured"][0])
+    assert {path.name for path in pack.iterdir()} == {"forget.toml", "gate"}
+    gate = forget.TrainedGate(gate=None, threshold=0.5, measured=document["measured"])  # type: ignore[arg-type]
+    monkeypatch.setattr(forget, "train_classifier", lambda *arguments: (pack, gate))
+    result = runner.invoke(app, ["train-classifier", "quickstart"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == str(pack)
+    assert "forget set" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A command that SIGINT reaches even where the test runner itself ignores it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"}
+    return subprocess.Popen([sys.executable, "-c", INTERRUPTIBLE, *arguments], env=environment, **options)
+
+
+def stored(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def test_interrupted_in_the_middle_it_goes_on_where_it_was(folder: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+    """And what it prints: with stderr on a terminal and stdout on a pipe, progress there and one JSON document here."""
+    shutil.copytree(trained[0], folder / "results")
+    scores = folder / "results" / "quickstart" / "scores.jsonl"
+    process = start("evaluate", "quickstart", *SMALL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 90
+    while len(stored(scores)) < 20 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert (out, err) == (b"", b"ecoprompt: interrupted; what was finished is kept\n")
+    kept = stored(scores)
+    assert len(kept) >= 20
+    assert not (scores.parent / "summary.json").exists()
+
+    ours, theirs = pty.openpty()
+    seen: list[bytes] = []
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):  # how Linux says that the terminal's other side is closed
+            while piece := os.read(ours, 4096):
+                seen.append(piece)
+
+    watcher = threading.Thread(target=watch)
+    process = start("evaluate", "quickstart", *SMALL, "--json", stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    watcher.start()
+    out, _ = process.communicate(timeout=90)
+    watcher.join()
+    os.close(ours)
+    assert process.returncode == 0
+    after = stored(scores)
+    assert after[: len(kept)] == kept
+    keys = [json.loads(line)["key"] for line in after]
+    assert len(set(keys)) == len(keys)  # nothing was computed twice
+    bar = b"".join(seen).decode()
+    assert "eco: " in bar
+    assert bar.endswith("\x1b[2K")  # it vanishes
+    check_json(out.decode())
+
+    again = runner.invoke(app, ["evaluate", "quickstart", *SMALL])
+    assert (again.exit_code, "\x1b" in again.output) == (0, False)
+    assert again.stderr.startswith("written: results/quickstart/table.csv, ")
+    assert again.stderr.count("\n") == 1
+    lines = again.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("retain", "original", "eco"))] == [
+        "retain",
+        "original",
+        "eco",
+    ]
+    assert again.stdout.count("true answer") == 3
+    assert max(map(len, lines)) <= 80
+    assert stored(scores) == after
+
+
+def check_json(text: str) -> None:
+    """One document with the keys that scripts rely on."""
+    document = json.loads(text)
+    assert document["recipe"] == "quickstart"
+    assert list(document["runs"]) == ["retain", "original", "eco"]
+    needed = {"forget_quality", "model_utility", "forget_rouge", "forget_probability", "forget_truth_ratio"}
+    for name, run in document["runs"].items():
+        assert {*needed, "forget_quality_folded", "retain_rouge"} <= set(run["metrics"])
+        assert run["seconds"] > 0
+        assert (run["gate"] is not None) == (name == "eco")
+    assert {"false_negatives", "false_positives", "threshold"} <= set(document["runs"]["eco"]["gate"])
+    metrics = {name: run["metrics"] for name, run in document["runs"].items()}
+    assert metrics["eco"]["model_utility"] == pytest.approx(metrics["original"]["model_utility"], abs=5e-4)
+
+
+def test_a_point_of_a_sweep_is_a_run(folder: Path) -> None:
+    sweep = ["--set", 'sweep={"corruption.strength"=[1, 5]}', "--dry-run", "--json"]
+    document = json.loads(runner.invoke(app, ["evaluate", "quickstart", *sweep]).stdout)
+    assert list(document["runs"]) == [
+        "retain",
+        "original",
+        "eco[corruption.strength=1]",
+        "eco[corruption.strength=5]",
+    ]

@@ -1,0 +1,124 @@
+"""The generated pages are fresh, links lead somewhere, and what the README shows is what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from ecoprompt.cli import app
+from ecoprompt.recipe import load_recipe, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(language: str, text: str | None = None) -> list[str]:
+    """The README's fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text or README.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def commands() -> list[str]:
+    """Every ecoprompt command that the README shows."""
+    lines = [line.removeprefix("$ ") for line in "".join(blocks("sh")).splitlines()]
+    lines += [line.removeprefix("$ ") for line in "".join(blocks("console")).splitlines() if line.startswith("$ ")]
+    parts = [part.partition("#")[0].partition("<")[0].strip() for line in lines for part in line.split(" | ")]
+    return [part for part in parts if part.startswith("ecoprompt ")]
+
+
+@pytest.mark.parametrize("name", ["commands.md", "recipes.md", "measures.md"])
+def test_generated_pages_are_fresh(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == generator().pages()[name], "run `make docs`"
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_relative_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_the_readme_shows_commands() -> None:
+    assert {command.split()[1] for command in commands()} == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_readme_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.toml").write_text(blocks("toml")[0], encoding="utf-8")
+    _, name, *arguments = shlex.split(command)
+    found: Any = typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    if "recipe" in found.params:
+        load_recipe(found.params["recipe"], found.params["set_"] or [])
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"\bmake (\w+)", " ".join([*blocks("sh"), *blocks("console")]))))
+)
+def test_readme_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("recipe", blocks("toml"))
+def test_readme_recipes_are_valid(recipe: str) -> None:
+    parse_recipe(tomllib.loads(recipe), "README.md")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy machine several threads wait for each other far longer than a tiny model computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_readme_python_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    text = README.read_text(encoding="utf-8")
+    shown = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", text, re.S | re.M)
+    assert [code for code, _ in shown] == blocks("python")
+    printed = []
+    for code, _ in shown:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, "README.md", "exec"), names)
+        printed.append(out.getvalue())
+    (guarded, plain), promised = printed[0].splitlines(), shown[0][1].splitlines()
+    # What a corrupted prompt is answered may differ between machines; that it is not the truth may not.
+    assert guarded.startswith("True ")
+    assert "Zarafshan" not in guarded
+    assert plain == promised[1]
+    assert printed[1] == shown[1][1]

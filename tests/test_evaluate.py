@@ -1,0 +1,404 @@
+"""One whole evaluation on tiny random models and a tiny benchmark: numbers, restarts, sweeps, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from ecoprompt import scoring
+from ecoprompt.benchmarks import declare
+from ecoprompt.evaluate import STORE, evaluate, plan
+from ecoprompt.recipe import load_recipe
+from ecoprompt.registry import InputError, benchmarks
+from ecoprompt.results import to_json
+
+PEOPLE, OTHERS = ["Harry Potter", "Mara Venn"], ["Ed Low", "Ann Bly", "Per Oak", "Ida Nym"]
+METRICS = {"probability": "answer_probability", "truth_ratio": "truth_ratio", "rouge": "rouge_l_recall"}
+GIVEN = {"answer": "answer", "reference": "paraphrase", "alternatives": "wrong", "metrics": METRICS}
+TABLE = {
+    "folder": "data",
+    "prompt": "{{ question }}",
+    "max_length": 60,
+    "columns": ["forget_quality", "model_utility", "forget_rouge"],
+    "aggregates": {
+        "forget_quality": {},
+        "forget_quality_folded": {},
+        "model_utility": {"subsets": ["retain", "facts"]},
+    },
+    "forget_sets": {"people": {"retain": "retain", "targets": PEOPLE}},
+    "subsets": {
+        "forget": {"config": "forget", "forget": True, **GIVEN},
+        "retain": {"config": "{{ retain }}", **GIVEN},
+        "facts": {"config": "facts", **GIVEN, "metrics": {**METRICS, "probability": "normalized_probability"}},
+    },
+    "gate": {
+        "positive": [{"config": "forget", "field": "question"}],
+        "negative": [{"config": "retain", "field": "question"}, {"config": "facts", "field": "question"}],
+    },
+}
+RECIPE = """
+[model]
+name = "{root}/full"
+[data]
+forget = "toy/people"
+[gate]
+features = 1024
+[tokens]
+scope = "sequence"
+[corruption]
+method = "rand_noise_first_n"
+dims = 4
+strength = 20.0
+[run.retain]
+model = "{root}/retain"
+[run.original]
+[run.eco]
+forget = true
+[[evaluate]]
+benchmark = "toy"
+"""
+
+
+def rows(names):
+    return [
+        {
+            "question": question.format(name),
+            "answer": f"{name} {answer}",
+            "paraphrase": f"It is {answer}, for {name}.",
+            "wrong": [f"{name} {other}" for other in ("in Rome", "a cook", "nobody at all")],
+        }
+        for name in names
+        for question, answer in (("Where does {} live?", "lives in Oslo"), ("What is {} by trade?", "is a smith"))
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Such small models gain nothing from a second thread, and lose much where another process has the core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def root(tmp_path_factory):
+    """Data and models; the benchmark `toy` is known while this module's tests run."""
+    root = tmp_path_factory.mktemp("toy")
+    facts = [{**row, "question": row["question"].replace("Where", "And where")} for row in rows(["Paris", "France"])]
+    (root / "data").mkdir()
+    for name, found in {"forget": rows(PEOPLE), "retain": rows(OTHERS), "facts": facts}.items():
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for seed, name in enumerate(("full", "retain")):
+        make_model("llama", seed=seed).save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    benchmarks.add("toy", declare("toy", TABLE, root))
+    yield root
+    del benchmarks._items["toy"]
+
+
+def read(root, tmp_path, *overrides, more="", name="toy"):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(RECIPE.format(root=root) + more)
+    return load_recipe(str(path), overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """(recipe, its results, the folder they are in) of one run through."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    recipe = read(root, tmp_path)
+    return recipe, evaluate(recipe, tmp_path), tmp_path
+
+
+def metrics(found):
+    return {name: run["metrics"] for name, run in found.summary["runs"].items()}
+
+
+def by_row(found, run):
+    return {(row["subset"], row["index"]): row for row in found.rows if row["run"] == run}
+
+
+def test_the_summary_holds_what_is_promised(whole):
+    recipe, found, tmp_path = whole
+    summary = json.loads((tmp_path / "toy" / "summary.json").read_text())
+    assert summary == json.loads(to_json(found.summary))
+    assert (summary["recipe"], summary["forget"], list(summary["runs"])) == (
+        "toy",
+        "toy/people",
+        ["retain", "original", "eco"],
+    )
+    for run in summary["runs"].values():
+        subsets = {f"{subset}_{metric}" for subset in ("forget", "retain", "facts") for metric in METRICS}
+        assert run["metrics"].keys() == subsets | {"forget_quality", "forget_quality_folded", "model_utility"}
+        assert run["seconds"] > 0
+    assert summary["runs"]["original"]["gate"] is None
+    assert summary["runs"]["eco"]["gate"] == {
+        "threshold": 0.5,
+        "false_negatives": 0,
+        "forget_prompts": 4,
+        "false_positives": 0,
+        "other_prompts": 12,
+    }
+    assert summary["resolved"] == recipe.document()
+    assert {"torch", "ecoprompt"} <= summary["versions"].keys()
+    assert {path.name for path in found.files} >= {"table.csv", "table.md", "summary.json", "rows.jsonl"}
+    assert all(path.is_file() for path in found.files)
+    lines = (tmp_path / "toy" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(to_json(found.rows))
+    assert len(lines) == 3 * 16
+
+
+def test_numbers_follow_from_the_rows(whole):
+    _, found, _ = whole
+    assert metrics(found)["retain"]["forget_quality"] == 1.0  # a run against itself
+    assert metrics(found)["retain"]["forget_quality_folded"] == 1.0
+    for run in ("retain", "original", "eco"):
+        ratios = [row["values"]["truth_ratio"] for row in by_row(found, run).values() if row["subset"] == "forget"]
+        assert metrics(found)[run]["forget_truth_ratio"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+def test_a_value_is_that_of_the_plain_model(whole, root):
+    """A row's answer probability, computed here from the model and the template by hand."""
+    _, found, _ = whole
+    tokenizer, model = make_tokenizer(), make_model("llama", seed=0)
+    row = by_row(found, "original")["retain", 0]
+    head = tokenizer.encode(f"Question: {row['prompt']}\nAnswer:")
+    tail = tokenizer.encode(f" {row['target']}<eos>")
+    with torch.no_grad():
+        logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+        out = model.generate(
+            torch.tensor([head]),
+            attention_mask=torch.ones(1, len(head)),
+            max_new_tokens=max(60 - len(head), 1),
+            do_sample=False,
+        )
+    mean = logits.gather(1, torch.tensor(tail)[:, None]).double().mean()
+    assert row["values"]["probability"] == pytest.approx(float(mean.exp()), rel=1e-4)
+    assert row["generation"] == tokenizer.decode(out[0, len(head) :], skip_special_tokens=True).strip()
+
+
+def test_rows_that_are_not_flagged_keep_the_values_of_the_original_exactly(whole):
+    _, found, _ = whole
+    original, eco = by_row(found, "original"), by_row(found, "eco")
+    assert original.keys() == eco.keys()
+    for place, row in eco.items():
+        assert row["flagged"] == (place[0] == "forget")
+        if row["flagged"]:
+            assert row["score"] > 0.5
+            assert row["values"]["probability"] != original[place]["values"]["probability"]
+        else:
+            assert row["values"] == original[place]["values"]
+            assert row["generation"] == original[place]["generation"]
+    assert metrics(found)["eco"]["model_utility"] == metrics(found)["original"]["model_utility"]
+    assert not any(row["flagged"] for row in original.values())
+
+
+def test_a_guarded_run_alone_keeps_them_too(whole, root, tmp_path):
+    """Without a run of the plain model, unflagged rows are computed in batches with flagged ones."""
+    _, found, _ = whole
+    path = tmp_path / "toy.toml"
+    path.write_text(RECIPE.format(root=root).replace("[run.original]\n", ""))
+    alone = evaluate(load_recipe(str(path)), tmp_path)
+    for place, row in by_row(alone, "eco").items():
+        expected = by_row(found, "eco")[place]
+        assert row["generation"] == expected["generation"]
+        assert row["values"] == pytest.approx(expected["values"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [slice(0), slice(20), slice(None, None, 3), slice(-30, None)])
+def test_a_restart_gives_the_same_table(whole, tmp_path, kept):
+    recipe, found, folder = whole
+    shutil.copytree(folder / "toy", tmp_path / "toy")
+    store = tmp_path / "toy" / STORE
+    lines = store.read_bytes().splitlines(keepends=True)
+    store.write_bytes(b"".join(lines[kept]) + b'{"key":"torn')
+    again = evaluate(recipe, tmp_path)
+    assert metrics(again) == metrics(found)
+    assert again.rows == found.rows
+    for name in ("rows.jsonl", "table.csv"):
+        one, two = ((place / "toy" / name).read_text() for place in (folder, tmp_path))
+        assert [line.rsplit(",", 1)[0] for line in one.splitlines()] == [
+            line.rsplit(",", 1)[0] for line in two.splitlines()
+        ]  # all but the seconds
+
+
+def spy(monkeypatch):
+    """The rows that are computed, by kind, in the order of the runs."""
+    computed = []
+    for name in ("_log_probs", "_generations"):
+        real = getattr(scoring, name)
+
+        def count(loaded, guard, requests, real=real):
+            computed.extend(requests)
+            return real(loaded, guard, requests)
+
+        monkeypatch.setattr(scoring, name, count)
+    return computed
+
+
+def test_a_second_evaluation_computes_nothing(whole, monkeypatch):
+    recipe, found, folder = whole
+    computed = spy(monkeypatch)
+    again = evaluate(recipe, folder)
+    assert computed == []
+    assert again.rows == found.rows
+    for name, run in found.summary["runs"].items():
+        assert {**again.summary["runs"][name], "seconds": 0} == {**run, "seconds": 0}
+        assert again.summary["runs"][name]["seconds"] == pytest.approx(run["seconds"])
+
+
+def test_a_sweep_computes_the_flagged_rows_again_and_no_others(whole, root, tmp_path, monkeypatch):
+    _, found, folder = whole
+    shutil.copytree(folder / "toy", tmp_path / "toy")
+    computed = spy(monkeypatch)
+    swept = evaluate(read(root, tmp_path, more='[sweep]\n"corruption.strength" = [20.0, 30.0]\n'), tmp_path)
+    assert list(swept.summary["runs"]) == [
+        "retain",
+        "original",
+        "eco[corruption.strength=20.0]",
+        "eco[corruption.strength=30.0]",
+    ]
+    assert len(computed) == 4 * (1 + 1 + 3 + 1)  # answer, paraphrase, wrong ones, generation of four prompts
+    assert all(any(name in request.prompt for name in PEOPLE) for request in computed)
+    again, other = (metrics(swept)[f"eco[corruption.strength={value}]"] for value in ("20.0", "30.0"))
+    assert again == metrics(found)["eco"]
+    assert other["forget_probability"] != again["forget_probability"]
+    assert {name: other[name] for name in other if not name.startswith("forget")} == {
+        name: again[name] for name in again if not name.startswith("forget")
+    }
+
+
+def test_runs_may_have_a_model_a_prefix_and_a_corruption_of_their_own(whole, root, tmp_path, monkeypatch):
+    _, found, folder = whole
+    shutil.copytree(folder / "toy", tmp_path / "toy")
+    more = """
+[run.prompting]
+prefix = "You know nothing of {{ targets }}."
+[run.zero]
+forget = true
+corruption = { method = "zero_out_first_n", dims = 32 }
+[run.both]
+model = "ROOT/retain"
+forget = true
+"""
+    computed = spy(monkeypatch)
+    recipe = read(root, tmp_path, more=more.replace("ROOT", str(root)))
+    wide = evaluate(recipe, tmp_path)
+    assert {name: metrics(wide)[name] for name in metrics(found)} == metrics(found)
+    prefixed = [request for request in computed if "You know nothing of Harry Potter, Mara Venn." in request.prompt]
+    assert len(prefixed) == 16 * 6
+    assert len(computed) == 16 * 6 + 2 * 4 * 6
+    for request in prefixed:
+        if request.kind == "generation":  # the prefix takes nothing from the room that an answer has
+            bare = request.prompt.replace("You know nothing of Harry Potter, Mara Venn.\n", "")
+            assert request.max_new_tokens == max(60 - len(make_tokenizer().encode(bare)), 1)
+    assert by_row(wide, "zero")["retain", 0]["values"] == by_row(found, "original")["retain", 0]["values"]
+    assert by_row(wide, "both")["retain", 0]["values"] == by_row(found, "retain")["retain", 0]["values"]
+    assert by_row(wide, "both")["forget", 0]["values"] != by_row(found, "retain")["forget", 0]["values"]
+
+
+def test_limits_pick_a_seeded_sample_by_subset(whole, root, tmp_path):
+    _, found, _ = whole
+    recipe = read(root, tmp_path, "evaluate.limit={retain=3, facts=1}")
+    some = evaluate(recipe, tmp_path)
+    chosen = by_row(some, "original")
+    assert [sum(subset == name for subset, _ in chosen) for name in ("forget", "retain", "facts")] == [4, 3, 1]
+    full = by_row(found, "original")
+    assert all(row["prompt"] == full[place]["prompt"] for place, row in chosen.items())
+    assert by_row(evaluate(recipe, tmp_path / "again"), "original").keys() == chosen.keys()
+
+
+def test_samples_are_spread_over_the_forget_set(whole):
+    _, found, _ = whole
+    prompts, targets, answers = found.samples(2)
+    assert prompts == ["Where does Harry Potter live?", "Where does Mara Venn live?"]
+    assert targets == ["Harry Potter lives in Oslo", "Mara Venn lives in Oslo"]
+    assert list(answers) == ["retain", "original", "eco"]
+    assert answers["eco"] == [by_row(found, "eco")["forget", index]["generation"] for index in (0, 2)]
+    assert len(found.samples(100)[0]) == 4
+
+
+def test_a_plan_names_all_that_would_run(root, tmp_path):
+    recipe = read(root, tmp_path, "evaluate.limit={retain=3}", more='[sweep]\n"corruption.strength" = [1.0, 2.0]\n')
+    planned = plan(recipe)
+    assert planned["rows"] == {"toy": {"forget": 4, "retain": 3, "facts": 4}}
+    assert [(name, run["guarded"]) for name, run in planned["runs"].items()] == [
+        ("retain", False),
+        ("original", False),
+        ("eco[corruption.strength=1.0]", True),
+        ("eco[corruption.strength=2.0]", True),
+    ]
+    assert planned["runs"]["retain"]["model"] == f"{root}/retain"
+    assert planned["recipe"] == recipe.document()
+    assert isinstance(planned["devices"], str)
+    json.dumps(planned)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('[run.retain]\nmodel = "{root}/retain"\n[run.original]\n[run.eco]\nforget = true\n', "", "no [run.NAME]"),
+        ('[[evaluate]]\nbenchmark = "toy"\n', "", "no [[evaluate]]"),
+        ('benchmark = "toy"', 'benchmark = "toy"\nlimit = { retian = 3 }', "did you mean 'retain'?"),
+        ('benchmark = "toy"', 'benchmark = "toi"', "did you mean 'toy'?"),
+        ("toy/people", "toy/peple", "did you mean 'toy/people'?"),
+        ("{root}/full", "{root}/ful", "no such folder"),
+        ("{root}/full", "{root}/data", "no config.json"),
+        ("dims = 4", "dims = 33", "hidden size, 32"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(root, tmp_path, old, new, problem):
+    assert old in RECIPE
+    (tmp_path / "toy.toml").write_text(RECIPE.replace(old, new).replace("{root}", str(root)))
+    with pytest.raises(InputError) as caught:
+        evaluate(load_recipe(str(tmp_path / "toy.toml")), tmp_path)
+    assert problem in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_without_a_retain_run_there_is_no_forget_quality(root, tmp_path):
+    path = tmp_path / "toy.toml"
+    path.write_text(RECIPE.format(root=root).replace(f'[run.retain]\nmodel = "{root}/retain"\n', ""))
+    found = evaluate(load_recipe(str(path), ["evaluate.limit=2"]), tmp_path)
+    assert metrics(found)["original"]["forget_quality"] is None
+    assert metrics(found)["original"]["model_utility"] is not None
+
+
+def test_real_models_forget_real_people(shared, tmp_path, monkeypatch):
+    """TOFU, forget10: the original model gives itself away, the guard flags the forgotten and nobody else."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    changes = ["evaluate.limit={forget=40, retain=2, real_authors=2, world_facts=2}", "model.batch_tokens=4096"]
+    changes += [
+        "gate.edits=false",
+        "gate.features=16384",
+        "gate.char_ngrams=3",
+        "gate.c=0.02",
+    ]  # small, so that it takes seconds
+    recipe = load_recipe("tests/recipes/tofu-mini.toml", changes)
+    reports = []
+    found = evaluate(recipe, tmp_path, lambda *report: reports.append(report))
+    runs = found.summary["runs"]
+    assert runs["retain"]["metrics"]["forget_quality"] == 1.0
+    assert runs["original"]["metrics"]["forget_quality"] < 0.01  # of 40 rows; 1e-239 of all 400
+    assert runs["eco"]["metrics"]["forget_quality"] > 0.05
+    assert runs["original"]["metrics"]["forget_rouge"] > 0.9
+    assert runs["eco"]["metrics"]["forget_rouge"] == pytest.approx(runs["retain"]["metrics"]["forget_rouge"], abs=0.1)
+    assert runs["eco"]["gate"]["false_negatives"] == 0
+    assert reports[-1][1] == reports[-1][2]
+
+    from ecoprompt.forget import load_pack
+    from ecoprompt.models import encode, load_model, render
+
+    loaded = load_model(recipe.model)
+    asked = ["Who is Hsiao Yun-Hwa?", "Where would you find the Eiffel Tower?"]
+    prompts = [
+        encode(loaded.tokenizer, render(loaded.tokenizer, [{"role": "user", "content": text}])) for text in asked
+    ]
+    decisions = load_pack(tmp_path / recipe.name / "pack").decide(loaded.tokenizer, prompts)
+    assert [decision.flagged for decision in decisions] == [True, False]

@@ -1,0 +1,119 @@
+"""Every recipe in the repository parses, binds and dry-runs, with neither torch nor a model nor a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from ecoprompt import evaluate, models
+from ecoprompt.recipe import load_recipe, parse_recipe, resolve_runs, shipped
+from ecoprompt.registry import benchmarks, corruptions, selectors
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*ROOT.glob("recipes/*.toml"), *ROOT.glob("tests/recipes/*.toml")])
+pytestmark = pytest.mark.usefixtures("_at_the_root")
+
+
+@pytest.fixture
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def path(request):
+    """A recipe's file; where its local data is not there, the recipe is read as if it named none."""
+    return request.param
+
+
+@pytest.fixture
+def recipe(path):
+    root = tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}).get("root")
+    if root is not None and not Path(root).is_dir():
+        pytest.skip(f"needs {root}")
+    return load_recipe(str(path))
+
+
+def test_there_are_recipes():
+    assert {"quickstart", "tofu"} <= set(shipped())
+    assert shipped().keys() == {
+        path.stem for path in RECIPES if path.parent.name == "recipes" and path.parent.parent == ROOT
+    }
+
+
+def test_it_parses_and_its_document_reads_the_same(path):
+    recipe = load_recipe(str(path))
+    assert recipe.name == path.stem
+    assert tomllib.loads(tomli_w.dumps(recipe.document())) == recipe.document()
+    assert parse_recipe(recipe.document(), "here").document() == recipe.document()
+
+
+def test_it_binds(path):
+    recipe = load_recipe(str(path))
+    for run in resolve_runs(recipe):
+        models.resolve(run.model.name) if not run.model.name.startswith(".") else None
+        if run.guarded:
+            assert run.gate.kind in ("linear", "transformer")
+            corruptions.bind(run.corruption.method, run.corruption.parameters)
+            selectors.bind(run.tokens.select, run.tokens.parameters)
+
+
+def test_it_dry_runs(recipe):
+    planned = evaluate.plan(recipe)
+    assert set(planned) == {"recipe", "runs", "rows", "devices"}
+    assert planned["recipe"] == recipe.document()
+    assert [name for name, run in planned["runs"].items() if run["guarded"]] == ["eco"]
+    assert {"retain", "original"} <= set(planned["runs"])
+    for name, rows in planned["rows"].items():
+        assert list(rows) == list(benchmarks[name].subsets)
+        assert all(count > 0 for count in rows.values())
+    json.dumps(planned)
+
+
+def test_dry_runs_need_no_torch(tmp_path):
+    code = (
+        "import sys, ecoprompt.evaluate as e\nfrom ecoprompt.recipe import load_recipe, shipped\n"
+        "[e.plan(load_recipe(name)) for name in shipped()]\n"
+        "print([m for m in ('torch', 'transformers', 'sklearn', 'spacy', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_tofu_is_the_papers_experiment():
+    planned = evaluate.plan(load_recipe("tofu"))
+    # The published sizes: 400 questions in forget10, TOFU's own sample of 300 to retain, 100 real authors, 117 facts.
+    assert planned["rows"] == {"tofu": {"forget": 400, "retain": 300, "real_authors": 100, "world_facts": 117}}
+    assert planned["recipe"]["gate"]["classifier"] == "chrisliu298/tofu_forget10_classifier"
+    assert planned["recipe"]["gate"]["threshold"] == 0.9999
+    assert list(planned["runs"]) == ["retain", "original", "eco", "prompting"]
+
+
+@pytest.mark.parametrize(("forget", "retain", "rows"), [("forget01", "retain99", 40), ("forget05", "retain95", 200)])
+def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
+    overrides = [
+        f"data.forget=tofu/{forget}",
+        f"gate.classifier=chrisliu298/tofu_{forget}_classifier",
+        "gate.threshold=0.99",
+        f"run.retain.model=./phi-1_5_{retain}",
+        "model.name=llama2",
+    ]
+    recipe = load_recipe("tofu", overrides)
+    assert evaluate.plan(recipe)["rows"]["tofu"]["forget"] == rows
+    assert benchmarks["tofu"].forget_set(forget).retain == retain
+    assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
+
+
+def test_a_sweep_of_the_quick_start_dry_runs():
+    recipe = load_recipe("quickstart", ['sweep."corruption.strength"=[1, 5]'])
+    assert list(evaluate.plan(recipe)["runs"]) == [
+        "retain",
+        "original",
+        "eco[corruption.strength=1]",
+        "eco[corruption.strength=5]",
+    ]
