@@ -608,6 +608,24 @@ def test_a_flagged_turn_stays_corrupted_with_the_same_noise(model, tokenizer, fo
     assert decisions[0].flagged
 
 
+def test_noise_stays_where_a_template_ends_in_white_space(model, tokenizer, forget):
+    """Zephyr, Llama 3 and Qwen end a prompt in a line break, which is the answer's once there is one."""
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    said = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "Who?"}]
+    said.append({"role": "user", "content": PLAIN})
+    first, whole = (encode(other, render(other, messages)) for messages in (said[:1], said))
+    _, alone, one = seen_by(model, other, forget, input_ids=torch.tensor([first]))
+    _, later, two = seen_by(model, other, forget, input_ids=torch.tensor([whole]))
+    assert one[0].positions == two[0].positions == tuple(range(len(first) - 1))
+    assert torch.equal(alone[0], later[0, : len(first)])
+
+
 def test_every_turn_of_a_conversation_is_gated(model, tokenizer, forget):
     def flagged(*roles_and_texts):
         messages = [{"role": role, "content": text} for role, text in roles_and_texts]

@@ -97,14 +97,15 @@ def test_aliases():
     names = models.aliases()
     assert {"llama3", "llama2", "phi-1.5", "zephyr", "quickstart"} <= set(names)
     assert all(("hub" in alias) != ("path" in alias) for alias in names.values())
-    assert models.resolve("zephyr") == ("HuggingFaceH4/zephyr-7b-beta", None)
-    assert models.resolve("phi-1.5") == ("microsoft/phi-1_5", PHI)
-    assert models.resolve("quickstart") == (str(models.PACKAGE / "quickstart/full"), None)
+    assert models.resolve("zephyr") == models.Place("HuggingFaceH4/zephyr-7b-beta", "HuggingFaceH4/zephyr-7b-beta")
+    assert models.resolve("phi-1.5") == models.Place("microsoft/phi-1_5", "microsoft/phi-1_5", PHI)
+    assert models.resolve("tofu-phi-1.5").tokenizer == "microsoft/phi-1_5"
+    assert models.resolve("quickstart").model == str(models.PACKAGE / "quickstart/full")
 
 
 def test_folders_and_hub_ids(model_folder):
-    assert models.resolve(str(model_folder)) == (str(model_folder), None)
-    assert models.resolve("EleutherAI/pythia-70m") == ("EleutherAI/pythia-70m", None)
+    assert models.resolve(str(model_folder)) == models.Place(str(model_folder), str(model_folder))
+    assert models.resolve("EleutherAI/pythia-70m").model == "EleutherAI/pythia-70m"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def hub_error(kind):
 @pytest.fixture
 def hub(monkeypatch):
     """Lets transformers fail with an error of the Hub's."""
-    monkeypatch.setattr(models, "_check_reachable", lambda name, place: None)
+    monkeypatch.setattr(models, "out_of_reach", lambda repository, file: None)
 
     def fail(kind):
         def raising(*args, **kwargs):
@@ -542,3 +543,18 @@ def test_turns_cover_any_text_without_a_gap(chat, template, said):
     found = covers(tokenizer, text)
     if template != "plain" and len(said) % 2 and all(text.isalnum() and text.isascii() for text in said):
         assert [turn.content for turn in found] == said
+
+
+def test_a_chat_template_may_be_named_by_an_alias(model_folder):
+    loaded = models.load_model(ModelTable(name=str(model_folder), chat_template="phi-1.5"))
+    assert models.render(loaded.tokenizer, [{"role": "user", "content": "Why?"}]) == "Question: Why?\nAnswer:"
+
+
+def test_a_tokenizer_of_another_folder(model_folder, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in model_folder.iterdir():
+        if not path.name.startswith(("token", "chat")):
+            (alone / path.name).write_bytes(path.read_bytes())
+    loaded = models.load_model(ModelTable(name=str(alone), tokenizer=str(model_folder)))
+    assert loaded.tokenizer.encode("a") == models.load_model(ModelTable(name=str(model_folder))).tokenizer.encode("a")

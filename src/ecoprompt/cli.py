@@ -303,11 +303,11 @@ def chat(
     On a terminal, a conversation; on a pipe, one prompt a line in, one answer a line out.
     """
     from ecoprompt.forget import load_forget
-    from ecoprompt.models import load_model, resolve
+    from ecoprompt.models import load_model, locate
     from ecoprompt.recipe import parse_model
 
     settings = parse_model({"name": model, "dtype": dtype})
-    resolve(model)
+    locate(model)
     with _progress() as progress:
         spec = load_forget(forget, progress) if forget is not None else None
         progress("loading the model", 0, 1)

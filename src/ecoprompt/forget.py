@@ -178,7 +178,9 @@ class Forget:
         shifted = [(offsets[number][0] - turn.start, offsets[number][1] - turn.start) for number in inside]
         chosen = mask(str(self.tokens["select"]), parameters, text[turn.start : turn.end], shifted)
         found = [number for number, hit in zip(inside, chosen, strict=True) if hit and number in set(most)]
-        return Selection(tuple(found or most), tuple(ids[number] for number in inside))
+        # White space at its end belongs to the turn only while it is the last one: noise must not change with that.
+        seeding = [ids[number] for number in inside if text[offsets[number][0] : turn.end].strip()]
+        return Selection(tuple(found or most), tuple(seeding))
 
     def corrupt(self, embeddings: Tensor, decision: Decision) -> Tensor:
         """A copy of one row's embeddings [T, D], padding left out, with the decision's positions corrupted.

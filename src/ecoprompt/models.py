@@ -41,38 +41,58 @@ class Loaded:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model's and its tokenizer's files are, folders or Hub ids, and the chat template that an alias brings."""
+
+    model: str
+    tokenizer: str
+    chat_template: str | None = None
+
+
 @functools.cache
 def aliases() -> Mapping[str, Mapping[str, str]]:
-    """The names of `models.toml`, each with its `hub` id or package `path` and, at need, a `chat_template`."""
+    """The names of `models.toml`: a `hub` id or package `path` each, and at need `tokenizer` and `chat_template`."""
     with (PACKAGE / "models.toml").open("rb") as file:
         return tomllib.load(file)
 
 
-def resolve(name: str) -> tuple[str, str | None]:
-    """Where a model's files are (a folder or a Hub id) and the chat template its alias brings.
+def resolve(name: str) -> Place:
+    """Where a model is, by its name alone.
 
     Raises InputError if `name` is neither an alias nor an existing folder and cannot be a Hub id.
     """
     alias = aliases().get(name)
     if alias is not None:
         place = alias["hub"] if "hub" in alias else str(PACKAGE / alias["path"])
-        return place, alias.get("chat_template")
+        return Place(place, alias.get("tokenizer", place), alias.get("chat_template"))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"model '{name}': this folder holds no config.json, so it is not a saved model")
-        return name, None
+        return Place(name, name)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a Hub id or an alias; {nearest(name, aliases())}")
-    return name, None
+    return Place(name, name)
+
+
+def locate(name: str) -> Place:
+    """Where a model is; raises EcopromptError at once if only the Hub has it and the Hub is out of reach."""
+    place = resolve(name)
+    reason = None if Path(place.model).is_dir() else out_of_reach(place.model, "config.json")
+    if reason is not None:
+        hint = "" if name in aliases() else f"; {nearest(name, aliases())}"
+        raise EcopromptError(
+            f"model '{name}' is not here and the Hub cannot be reached ({reason}); download it where there is "
+            f"a network (`hf download {place.model}`), or name a folder or an alias{hint}"
+        )
+    return place
 
 
 def load_model(settings: ModelTable) -> Loaded:
     """Load the model and tokenizer that `[model]` describes, ready to evaluate."""
     if settings.name is None:
         raise InputError("no model is named; give [model] name, or --model")
-    place, template = resolve(settings.name)
-    if not Path(place).is_dir():
-        _check_reachable(settings.name, place)
+    place = locate(settings.name)
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -82,19 +102,20 @@ def load_model(settings: ModelTable) -> Loaded:
     options: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if cuda else "float32")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or place.tokenizer)
         if settings.quantization:
             options["quantization_config"] = _quantization(settings.quantization)
         if settings.attention != "auto" or (cuda and dtype != "float32" and _has_flash_attention()):
             options["attn_implementation"] = "flash_attention_2" if settings.attention == "auto" else settings.attention
         if settings.device_map:
             options["device_map"] = settings.device_map
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place.model, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _explain(settings.name, place, error) from error
+        raise _explain(settings.name, place.model, error) from error
     if cuda and not settings.device_map and not settings.quantization:
         model = model.to("cuda")
-    tokenizer.chat_template = settings.chat_template or template or tokenizer.chat_template or PLAIN_TEMPLATE
+    own = place.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.chat_template = _template(settings.chat_template) or own
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Sampling settings that a model ships are not ours: what a command decodes with is what its options say.
@@ -104,7 +125,7 @@ def load_model(settings: ModelTable) -> Loaded:
         eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Loaded(model.eval(), tokenizer, _fingerprint(place, model, tokenizer, settings, dtype))
+    return Loaded(model.eval(), tokenizer, _fingerprint(place.model, model, tokenizer, settings, dtype))
 
 
 def _quantization(kind: str) -> Any:
@@ -119,23 +140,26 @@ def _has_flash_attention() -> bool:
     return bool(is_flash_attn_2_available())
 
 
-def _check_reachable(name: str, place: str) -> None:
-    """Raise at once where a model is neither cached nor within reach; the Hub's client would try for a minute."""
+def _template(given: str | None) -> str | None:
+    """A chat template given as such, or by the alias whose template it is."""
+    return aliases()[given].get("chat_template") if given is not None and given in aliases() else given
+
+
+def out_of_reach(repository: str, file: str) -> str | None:
+    """Why a file of the Hub cannot be had, if it is not cached either; the Hub's client would try for a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if try_to_load_from_cache(place, "config.json") is not None:
-        return
+    if try_to_load_from_cache(repository, file) is not None:
+        return None
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     try:
         if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
+            return "HF_HUB_OFFLINE is set"
         if not os.environ.get("HTTPS_PROXY", os.environ.get("https_proxy")):
             socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise EcopromptError(
-            f"model '{name}' is not here and the Hub cannot be reached ({error}); download it where there is "
-            f"a network (`hf download {place}`), or name a folder or an alias; {nearest(name, aliases())}"
-        ) from None
+        return str(error)
+    return None
 
 
 def _explain(name: str, place: str, error: Exception) -> EcopromptError:

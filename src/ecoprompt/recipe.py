@@ -28,6 +28,7 @@ class ModelTable(Table):
     """How a model is loaded."""
 
     name: str | None = Field(None, description="alias, Hub id or folder of the model subject to unlearning")
+    tokenizer: str | None = Field(None, description="folder or Hub id of the tokenizer, if it is not with the model")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and arithmetic; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -37,7 +38,9 @@ class ModelTable(Table):
     )
     device_map: str | None = Field(None, description='"auto" spreads a model over several GPUs')
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes (extra `quantization`)")
-    chat_template: str | None = Field(None, description="a Jinja chat template instead of the tokenizer's own")
+    chat_template: str | None = Field(
+        None, description="a Jinja chat template, or the alias whose template is used, instead of the tokenizer's own"
+    )
     batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="padded tokens of a batch; by itself: 8192 on a CPU, 65536 on a GPU, halved when memory is out",

@@ -27,6 +27,7 @@ def points(raw: Mapping[str, Any]) -> Iterable[tuple[dict[str, str], dict[str, A
 def check_sweep(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with the keys of a sweep, and with lists that the schema would refuse as well."""
     sweep, runs = raw.get("sweep", {}), raw.get("run")
+    known = list(runs) if isinstance(runs, dict) else []
     if not isinstance(sweep, dict):
         return [f"'sweep': found {show(sweep)}, expected a table"]
     problems = []
@@ -34,8 +35,8 @@ def check_sweep(raw: Mapping[str, Any]) -> list[str]:
         path = key_path(key)
         if not path or path[0] not in SWEPT or path == ["run"]:
             problems.append(f"'sweep.{key}': cannot be swept; what can: {', '.join(SWEPT)}")
-        elif path[0] == "run" and path[1] not in (runs if isinstance(runs, dict) else {}):
-            problems.append(f"'sweep.{key}': there is no run '{path[1]}'; {nearest(path[1], runs or ())}")
+        elif path[0] == "run" and path[1] not in known:
+            problems.append(f"'sweep.{key}': there is no run '{path[1]}'; {nearest(path[1], known)}")
         if not isinstance(values, list) or not values:
             problems.append(f"'sweep.{key}': found {show(values)}, expected a list of at least one value")
     return problems
@@ -54,10 +55,11 @@ def _show(value: Any) -> str:
 
 def parse_override(override: str) -> tuple[list[str], Any]:
     """`corruption.strength=50` as its key path and its value, typed as TOML; a bare word is a string."""
-    key, equals, value = override.partition("=")
-    path = key_path(key.strip())
-    if not equals or not path:
+    signs = (place for place, letter in enumerate(override) if letter == "=")
+    sign = next((place for place in signs if key_path(override[:place].strip())), None)  # a quoted key may hold one too
+    if sign is None:
         raise InputError(f"--set {override}: expected KEY=VALUE, as in corruption.strength=50")
+    path, value = key_path(override[:sign].strip()), override[sign + 1 :]
     try:
         tables = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
