@@ -25,7 +25,8 @@ import torch
 from typer.testing import CliRunner
 
 import ecoprompt
-from ecoprompt import cli, forget, recipe
+from ecoprompt import cli, recipe
+from ecoprompt import pack as pack_module
 from ecoprompt.cli import app
 
 INTERRUPTIBLE = (
@@ -274,8 +275,8 @@ def test_train_classifier_prints_its_errors_and_the_pack(
     assert document["threshold"] == 0.5
     assert {"data", "flag", "prompts", "errors"} <= set(document["measured"][0])
     assert {path.name for path in pack.iterdir()} == {"forget.toml", "gate"}
-    gate = forget.TrainedGate(gate=None, threshold=0.5, measured=document["measured"])  # type: ignore[arg-type]
-    monkeypatch.setattr(forget, "train_classifier", lambda *arguments: (pack, gate))
+    gate = pack_module.TrainedGate(gate=None, threshold=0.5, measured=document["measured"])  # type: ignore[arg-type]
+    monkeypatch.setattr(pack_module, "train_classifier", lambda *arguments: (pack, gate))
     result = runner.invoke(app, ["train-classifier", "quickstart"])
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1] == str(pack)

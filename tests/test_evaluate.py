@@ -392,8 +392,8 @@ def test_real_models_forget_real_people(shared, tmp_path, monkeypatch):
     assert runs["eco"]["gate"]["false_negatives"] <= 1
     assert reports[-1][1] == reports[-1][2]
 
-    from ecoprompt.forget import load_pack
     from ecoprompt.models import encode, load_model, render
+    from ecoprompt.pack import load_pack
 
     loaded = load_model(recipe.model)
     asked = ["Who is Hsiao Yun-Hwa?", "Where would you find the Eiffel Tower?"]

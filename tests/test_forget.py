@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from ecoprompt import Forget, InputError, forget
-from ecoprompt.forget import PACK, TrainedGate, load_forget, load_pack, obtain_gate, pack_folder, train_classifier
+from ecoprompt import Forget, InputError
+from ecoprompt import forget as forget_module
+from ecoprompt import pack as pack_module
 from ecoprompt.gate import GateTexts, linear, load_gate
 from ecoprompt.models import render
+from ecoprompt.pack import PACK, TrainedGate, load_forget, load_pack, obtain_gate, pack_folder, train_classifier
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import EcopromptError
 
@@ -91,8 +93,10 @@ def test_a_turn_that_begins_inside_a_token_is_still_corrupted(tokenizer, monkeyp
     from ecoprompt.models import Turn
 
     spec = Forget(lambda texts: [float("x" in text) for text in texts], NOISE)
-    monkeypatch.setattr(forget, "to_text", lambda tokenizer, ids: ("aax b", [(0, 3), (3, 5)]))
-    monkeypatch.setattr(forget, "turns", lambda tokenizer, text: [Turn(0, 2, "aa"), Turn(2, 3, "x"), Turn(3, 5, "b")])
+    monkeypatch.setattr(forget_module, "to_text", lambda tokenizer, ids: ("aax b", [(0, 3), (3, 5)]))
+    monkeypatch.setattr(
+        forget_module, "turns", lambda tokenizer, text: [Turn(0, 2, "aa"), Turn(2, 3, "x"), Turn(3, 5, "b")]
+    )
     (decision,) = spec.decide(tokenizer, [[5, 6]])
     assert decision.positions == (0,)
 
@@ -184,7 +188,7 @@ def test_a_pack_holds_nothing_that_can_carry_code(pack, recipe, tmp_path):
         vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=2
     )
     gate = TransformerGate(BertForSequenceClassification(config), BertTokenizerFast(str(words)), 16, 4)
-    forget.save_pack(tmp_path / "other", recipe, TrainedGate(gate, 0.5, []), 0, "")
+    pack_module.save_pack(tmp_path / "other", recipe, TrainedGate(gate, 0.5, []), 0, "")
     suffixes = {path.suffix for path in (tmp_path / "other").rglob("*") if path.is_file()}
     assert suffixes <= {".toml", ".safetensors", ".json"}
     torch.testing.assert_close(load_pack(tmp_path / "other").gate.score(["who is"]), gate.score(["who is"]))
@@ -255,8 +259,8 @@ def test_a_damaged_pack_is_made_again_or_its_gate_is_whole(pack, recipe, damage)
 
 def test_a_gate_is_trained_once_for_the_same_data_and_settings(recipe, tmp_path, monkeypatch):
     trainings = []
-    train = forget._train
-    monkeypatch.setattr(forget, "_train", lambda *args: trainings.append(args) or train(*args))
+    train = pack_module._train
+    monkeypatch.setattr(pack_module, "_train", lambda *args: trainings.append(args) or train(*args))
     first = obtain_gate(recipe, recipe.gate, 0, tmp_path)
     again = obtain_gate(recipe, recipe.gate, 0, tmp_path)
     assert len(trainings) == 1
@@ -271,8 +275,10 @@ def test_a_gate_is_trained_once_for_the_same_data_and_settings(recipe, tmp_path,
     assert len(trainings) == 2
     obtain_gate(recipe, recipe.gate, 1, tmp_path)  # another seed, as in a sweep
     assert len(trainings) == 3
-    data = forget._gate_data(recipe)
-    monkeypatch.setattr(forget, "_gate_data", lambda recipe: type(data)(data.positive[1:], data.negative, data.checks))
+    data = pack_module._gate_data(recipe)
+    monkeypatch.setattr(
+        pack_module, "_gate_data", lambda recipe: type(data)(data.positive[1:], data.negative, data.checks)
+    )
     obtain_gate(other, other.gate, 0, tmp_path)
     assert len(trainings) == 4
 
@@ -297,7 +303,7 @@ def test_being_killed_leaves_a_whole_pack_or_none(written, recipe, tmp_path, mon
     new = TrainedGate(written[1].gate, 0.75, [])
 
     def save():
-        forget.save_pack(folder, recipe, new, 0, "new")
+        pack_module.save_pack(folder, recipe, new, 0, "new")
 
     reached = 0
     for last in range(8):  # killed before the first, the second, ... of such steps
@@ -315,7 +321,7 @@ def test_being_killed_leaves_a_whole_pack_or_none(written, recipe, tmp_path, mon
             if step == "save":
                 patch.setattr(type(new.gate), "save", killed(type(new.gate).save))
             elif step == "toml":
-                patch.setattr(forget, "write_text_atomic", killed(forget.write_text_atomic))
+                patch.setattr(pack_module, "write_text_atomic", killed(pack_module.write_text_atomic))
             elif step == "rmtree":
                 patch.setattr(shutil, "rmtree", killed(shutil.rmtree))
             else:
@@ -351,7 +357,7 @@ def test_a_threshold_is_calibrated_on_prompts_held_out(tmp_path, monkeypatch):
     assert load_pack(folder).threshold == trained.threshold
     assert obtain_gate(recipe, recipe.gate, recipe.seed, tmp_path).threshold == trained.threshold
     strict = load_recipe("quickstart", ["gate.threshold={calibrate='conformal', false_positive_rate=1e-6}"])
-    monkeypatch.setattr(forget, "_make_gate", lambda *args: pytest.fail("told only after the training"))
+    monkeypatch.setattr(pack_module, "_make_gate", lambda *args: pytest.fail("told only after the training"))
     with pytest.raises(InputError, match="false_positive_rate"):
         train_classifier(strict, tmp_path)
 
@@ -359,7 +365,7 @@ def test_a_threshold_is_calibrated_on_prompts_held_out(tmp_path, monkeypatch):
 def test_a_published_classifier_is_not_trained(monkeypatch, tmp_path):
     asked = []
     recipe = load_recipe("tofu")
-    monkeypatch.setattr(forget, "_make_gate", lambda table, texts, *rest: asked.append((table.kind, texts)))
+    monkeypatch.setattr(pack_module, "_make_gate", lambda table, texts, *rest: asked.append((table.kind, texts)))
     trained = obtain_gate(recipe, recipe.gate, 0, tmp_path)
     assert asked == [("transformer", None)]
     assert (trained.threshold, trained.measured) == (0.9999, [])

@@ -16,7 +16,19 @@ import ecoprompt
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
     ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "benchmarks"]
-    + ["results", "tokens", "gate_training", "gate", "forget", "guard", "scoring", "evaluate", "optimize", "training"]
+    + [
+        "results",
+        "tokens",
+        "gate_training",
+        "gate",
+        "forget",
+        "pack",
+        "guard",
+        "scoring",
+        "evaluate",
+        "optimize",
+        "training",
+    ]
     + ["sandbox", "chat", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training` and `sweep` are parts of the module

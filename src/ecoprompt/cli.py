@@ -207,7 +207,7 @@ def train_classifier(
 
     The gate's threshold is calibrated as the recipe asks, and its errors are measured on each of its data sets.
     """
-    from ecoprompt.forget import train_classifier
+    from ecoprompt.pack import train_classifier
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
@@ -302,8 +302,8 @@ def chat(
 
     On a terminal, a conversation; on a pipe, one prompt a line in, one answer a line out.
     """
-    from ecoprompt.forget import load_forget
     from ecoprompt.models import load_model, locate
+    from ecoprompt.pack import load_forget
     from ecoprompt.recipe import parse_model
 
     settings = parse_model({"name": model, "dtype": dtype})

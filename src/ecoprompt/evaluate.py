@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 
 from ecoprompt.benchmarks import Benchmark, ForgetSet, Item, parse_forget
 from ecoprompt.data import fill
-from ecoprompt.forget import OUTPUT, TrainedGate, make_forget, obtain_gate
 from ecoprompt.guard import Guard
 from ecoprompt.metrics import reads
 from ecoprompt.models import Loaded, encode, load_model, render, render_answer
+from ecoprompt.pack import OUTPUT, TrainedGate, make_forget, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, nearest, quiet
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.results import Store, write_results
 from ecoprompt.scoring import Request, answer, log_prob
 
@@ -101,7 +101,7 @@ def _conclude(
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, values[run.name], values.get(RETAIN)),
+            "metrics": _metrics(recipe, values[run.name], values.get(_retain(run.name, values))),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
@@ -115,11 +115,17 @@ def _conclude(
         "columns": [column for table in tables for column in table.table_columns()],
         "better": {name: way for table in tables for name, way in table.better().items()},
         "resolved": recipe.document(),
-        "versions": {name: importlib.metadata.version(name) for name in ("ecoprompt", *REPORTED)},
+        "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
     flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     return Evaluated(summary, flat, write_results(folder, summary, flat))
+
+
+def _retain(run: str, values: Mapping[str, Any]) -> str:
+    """The run to compare `run` with: of the same point of a sweep, if that changes the retain run too."""
+    own = RETAIN + "".join(run.partition("[")[1:])
+    return own if own in values else RETAIN
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -152,13 +158,8 @@ def _tables(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSe
     """Each [[evaluate]] with its benchmark, the forget set if it is of that benchmark, and the data's root."""
     root = Path(recipe.data.root) if recipe.data and recipe.data.root else None
     named = parse_forget(recipe.data.forget) if recipe.data else None
-    for number, table in enumerate(recipe.evaluate):
+    for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        if isinstance(table.limit, dict):
-            for subset in table.limit:
-                if subset not in benchmark.subsets:
-                    hint = nearest(subset, benchmark.subsets)
-                    raise InputError(f"'evaluate.{number}.limit.{subset}': no such subset of {benchmark.name}; {hint}")
         yield table, benchmark, named[1] if named and named[0].name == benchmark.name else None, root
 
 
@@ -216,7 +217,7 @@ def _run(
             decision = decisions[number] if decisions else None
             corrupted = None
             if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
-                corrupted = digest(run.tokens, run.corruption, run.seed, decision.positions)
+                corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
             keys: dict[str, list[str]] = {}
             for name, wanted in by_input.items():
                 keys[name] = [request.key(loaded.fingerprint, corrupted) for request in wanted]

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from ecoprompt.forget import Decision, Forget, load_forget
+from ecoprompt.forget import Decision, Forget
+from ecoprompt.pack import load_forget
 from ecoprompt.registry import InputError, UnguardedError
 
 if TYPE_CHECKING:

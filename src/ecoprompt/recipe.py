@@ -341,14 +341,16 @@ def _check_runs(raw: Mapping[str, Any]) -> list[str]:
 def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with the names of benchmarks, of their subsets and of the forget set."""
     problems = []
-    entries = raw.get("evaluate")
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
+    for number, entry in enumerate(entries):
         name = entry.get("benchmark") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             continue
         if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
             continue
+        if any(isinstance(other, dict) and other.get("benchmark") == name for other in entries[:number]):
+            problems.append(f"'evaluate.{number}.benchmark': '{name}' is evaluated above already")
         for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
             if subset not in benchmarks[name].subsets:
                 hint = nearest(subset, benchmarks[name].subsets)
