@@ -149,7 +149,7 @@ CHATS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     "no such recipe": (
         {},
         ["--model", "quickstart", "--forget", "quikstart"],
-        ["--forget quikstart", "did you mean 'quickstart'?"],
+        ["'quikstart': no pack folder, recipe or Hub id", "did you mean 'quickstart'?"],
     ),
     "a folder without a pack": ({"p/x": ""}, ["--model", "quickstart", "--forget", "p"], ["p: ", "forget.toml"]),
     "a pack that is not TOML": (

@@ -402,3 +402,10 @@ def test_real_models_forget_real_people(shared, tmp_path, monkeypatch):
     ]
     decisions = load_pack(tmp_path / recipe.name / "pack").decide(loaded.tokenizer, prompts)
     assert [decision.flagged for decision in decisions] == [True, False]
+
+
+def test_a_model_that_is_not_there_is_named_before_any_work(tmp_path):
+    recipe = load_recipe("quickstart", ["run.retain.model=quickstart-retain", "run.original.model=./nowhere"])
+    with pytest.raises(InputError, match="./nowhere"):
+        evaluate(recipe, tmp_path / "results")
+    assert not (tmp_path / "results").exists()

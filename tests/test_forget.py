@@ -399,7 +399,7 @@ def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
         with pytest.raises(InputError) as caught:
             load_forget(reference)
         assert problem in str(caught.value)
-    with pytest.raises(EcopromptError, match="somebody/something: no such folder"):
+    with pytest.raises(EcopromptError, match="'somebody/something': no such pack folder"):
         load_forget("somebody/something")
 
 
@@ -409,3 +409,18 @@ def test_a_gate_kept_by_itself_scores_the_same(tmp_path):
     assert load_gate(tmp_path, "linear").score(PROMPTS).tolist() == gate.score(PROMPTS).tolist()
     assert not list(tmp_path.glob("*.json"))
     assert json.dumps(gate.score(["x"]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (None, "expected a number for each text"),
+        (0.3, "expected a number for each text"),
+        (["high"], "expected a number for each text"),
+        ([0.1, 0.2], "2 scores for 1 texts"),
+        ([7.0], "expected numbers from 0 to 1"),
+    ],
+)
+def test_what_no_gate_may_say(tokenizer, said, words):
+    with pytest.raises(InputError, match=words):
+        Forget(lambda texts: said, NOISE).decide(tokenizer, [[5, 6]])

@@ -242,11 +242,12 @@ def evaluate(
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
+    from ecoprompt.evaluate import evaluate, runs_of
+
     if dry_run:
+        runs_of(loaded)
         _print_plan(loaded, json)
         return
-    from ecoprompt.evaluate import evaluate
-
     with _progress() as progress:
         found = evaluate(loaded, output, progress)
     if json:

@@ -250,7 +250,7 @@ def _read_json_lines(path: Path) -> Rows:
 
 def _not_json(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"text that is not JSON ({error.msg.lower()} at column {error.colno})"
+        return f"text that is not JSON ({error.msg.lower().removesuffix(' at')} at column {error.colno})"
     return "JSON that is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 

@@ -19,7 +19,7 @@ from ecoprompt.benchmarks import Benchmark, ForgetSet, Item, parse_forget
 from ecoprompt.data import fill
 from ecoprompt.guard import Guard
 from ecoprompt.metrics import reads
-from ecoprompt.models import Loaded, encode, load_model, render, render_answer
+from ecoprompt.models import Loaded, encode, load_model, locate, render, render_answer
 from ecoprompt.pack import OUTPUT, TrainedGate, make_forget, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
@@ -65,7 +65,9 @@ class Evaluated:
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
-    runs = _runs(recipe)
+    runs = runs_of(recipe)
+    for run in runs:  # before any work: a wrong name is not to be found out an hour later
+        locate(run.model.name or "")
     items = _items(recipe)
     folder = output / recipe.name
     store = Store(folder / STORE)
@@ -146,7 +148,8 @@ def _at_most(count: int | None, limit: int | None) -> int | None:
     return count if limit is None or count is None else min(count, limit)
 
 
-def _runs(recipe: Recipe) -> list[Run]:
+def runs_of(recipe: Recipe) -> list[Run]:
+    """The runs to evaluate; raises InputError for a recipe that has none, or no benchmark."""
     runs = resolve_runs(recipe)
     if not runs or not recipe.evaluate:
         missing = "[run.NAME]" if not runs else "[[evaluate]]"

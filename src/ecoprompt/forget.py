@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,14 +127,29 @@ class Forget:
         texts = [to_text(tokenizer, ids) for ids in prompts]
         said = [turns(tokenizer, text) for text, _ in texts]
         contents = list(dict.fromkeys(turn.content for row in said for turn in row))
-        scores = dict(zip(contents, self.gate.score(contents), strict=True)) if contents else {}  # type: ignore[union-attr]
+        scores = dict(zip(contents, self._scores(contents), strict=True))
         decisions = []
         for ids, (text, offsets), row in zip(prompts, texts, said, strict=True):
             flagged = [turn for turn in row if not scores[turn.content] <= self.threshold]  # NaN is flagged
-            heard = tuple(float(scores[turn.content]) for turn in row)
+            heard = tuple(scores[turn.content] for turn in row)
             picked = [self._select(text, offsets, ids, turn) for turn in flagged]
             decisions.append(Decision(text, max(heard, default=0.0), bool(flagged), heard, tuple(picked)))
         return decisions
+
+    def _scores(self, texts: Sequence[str]) -> list[float]:
+        """The gate's score of each text; raises InputError for what no gate may say. NaN may be, and is flagged."""
+        if not texts:
+            return []
+        said = self.gate.score(texts)  # type: ignore[union-attr]
+        try:
+            scores = [float(score) for score in said]
+        except (TypeError, ValueError):
+            raise InputError(f"the gate gave {said!r:.80}, expected a number for each text") from None
+        if len(scores) != len(texts):
+            raise InputError(f"the gate gave {len(scores)} scores for {len(texts)} texts")
+        if not all(0 <= score <= 1 or math.isnan(score) for score in scores):
+            raise InputError(f"the gate gave the scores {scores!r:.80}, expected numbers from 0 to 1")
+        return scores
 
     def extend(
         self, tokenizer: PreTrainedTokenizerBase, decision: Decision, ids: Sequence[int], prompt: int

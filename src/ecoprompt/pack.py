@@ -199,7 +199,7 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
     if folder.is_file() or folder.suffix == ".toml" or "/" not in reference:
         if not folder.is_file() and folder.name.removesuffix(".toml") not in shipped():
             hint = nearest(folder.name.removesuffix(".toml"), shipped())
-            raise InputError(f"--forget {reference}: no pack folder, recipe or Hub id; {hint}")
+            raise InputError(f"'{reference}': no pack folder, recipe or Hub id to forget by; {hint}")
         recipe = load_recipe(reference)
         if recipe.corruption is None:
             raise InputError(f"{reference}: no [corruption], so there is nothing to guard with")
@@ -213,7 +213,7 @@ def _download(reference: str) -> Path:
     reason = out_of_reach(reference, PACK)
     if reason is not None:
         raise EcopromptError(
-            f"--forget {reference}: no such folder, and the Hub cannot be reached ({reason}); download the pack where "
+            f"'{reference}': no such pack folder, and the Hub cannot be reached ({reason}); download the pack where "
             f"there is a network (`hf download {reference}`)"
         )
     from huggingface_hub import snapshot_download
@@ -222,6 +222,4 @@ def _download(reference: str) -> Path:
     try:
         return Path(snapshot_download(reference, allow_patterns=["*.toml", "*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise EcopromptError(
-            f"--forget {reference}: no such folder, and not to be had from the Hub: {error}"
-        ) from error
+        raise EcopromptError(f"'{reference}': no such pack folder, and not to be had from the Hub: {error}") from error
