@@ -16,7 +16,6 @@ from ecoprompt.gate import (
     LinearGate,
     TransformerGate,
     conformal_threshold,
-    error_rates,
     hold_out,
     linear,
     load_gate,
@@ -41,12 +40,8 @@ def toy_gate():
 
 
 def test_linear_tells_its_texts_apart(toy_gate):
-    assert error_rates(toy_gate, 0.5, TOY.positive, TOY.negative) == {
-        "false_positives": 0,
-        "false_positive_rate": 0.0,
-        "false_negatives": 0,
-        "false_negative_rate": 0.0,
-    }
+    assert (toy_gate.score(TOY.positive) > 0.5).all()
+    assert not (toy_gate.score(TOY.negative) > 0.5).any()
     scores = toy_gate.score([*TOY.positive, *TOY.negative])
     assert scores.dtype == np.float64
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -194,23 +189,6 @@ def test_conformal_coverage_is_not_wasteful():
     assert sum(flagged) == 6
 
 
-def test_error_rates_count_strictly_above_the_threshold():
-    class Lengths:
-        kind = "lengths"
-
-        def score(self, texts):
-            return np.array([len(text) / 4 for text in texts])
-
-    rates = error_rates(Lengths(), 0.5, ["a", "aa", "aaa"], ["aa", "aaa", "a", "a"])
-    assert rates == {
-        "false_positives": 1,
-        "false_positive_rate": 0.25,
-        "false_negatives": 2,
-        "false_negative_rate": 2 / 3,
-    }
-    assert error_rates(Lengths(), 0.5, [], ["a"])["false_negative_rate"] is None
-
-
 def test_small_edits_are_what_they_are_called():
     text = "Who is  Hsiao Yun-Hwa, the author?"
     edits = small_edits(text, 0)
@@ -241,10 +219,10 @@ def test_linear_on_tofu():
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
     for threshold in (0.5, conformal_threshold(gate.score(held_out), 0.01)):
-        assert error_rates(gate, threshold, forget, held_out)["false_negatives"] == 0
-        assert error_rates(gate, threshold, forget, held_out)["false_positives"] <= 9
-        assert error_rates(gate, threshold, paraphrased, texts("world_facts"))["false_negatives"] <= 20
-        assert error_rates(gate, threshold, paraphrased, texts("world_facts"))["false_positives"] <= 3
+        assert (gate.score(forget) <= threshold).sum() == 0
+        assert (gate.score(held_out) > threshold).sum() <= 9
+        assert (gate.score(paraphrased) <= threshold).sum() <= 20
+        assert (gate.score(texts("world_facts")) > threshold).sum() <= 3
         assert error_rates(gate, threshold, [], texts("real_authors"))["false_positives"] <= 1
         for name in small_edits("", 0):
             edited = [small_edits(text, 0)[name] for text in forget]

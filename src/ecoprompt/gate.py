@@ -371,18 +371,6 @@ def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float)
     return float(np.sort(negative_scores)[math.ceil((n + 1) * (1 - rate)) - 1])
 
 
-def error_rates(gate: Gate, threshold: float, positive: Sequence[str], negative: Sequence[str]) -> dict[str, Any]:
-    """How many of `negative` are flagged and how many of `positive` are not, as numbers and rates (None of none)."""
-    alarms = int((gate.score(negative) > threshold).sum())
-    misses = int((gate.score(positive) <= threshold).sum())
-    return {
-        "false_positives": alarms,
-        "false_positive_rate": alarms / len(negative) if negative else None,
-        "false_negatives": misses,
-        "false_negative_rate": misses / len(positive) if positive else None,
-    }
-
-
 def small_edits(text: str, seed: int) -> dict[str, str]:
     """`text` as a careless writer would type it: five edits, by name, the same ones for the same seed."""
     generator = random.Random(f"{seed} {text}")
