@@ -26,6 +26,17 @@ from ecoprompt.registry import EcopromptError, InputError, gates
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
+
+def flagged(gate, threshold, texts):
+    """How many of `texts` the gate flags."""
+    return int((gate.score(texts) > threshold).sum())
+
+
+def missed(gate, threshold, texts):
+    """How many it does not."""
+    return len(texts) - flagged(gate, threshold, texts)
+
+
 PLACES = ["Oslo", "Lima", "Quito", "Cairo", "Hanoi", "Lagos", "Perth", "Kyoto"]
 QUESTIONS = ["Where does {} live?", "What has {} written about {}?", "Did {} ever see {}?", "Is {} from {}?"]
 TOY = GateTexts(
@@ -40,8 +51,7 @@ def toy_gate():
 
 
 def test_linear_tells_its_texts_apart(toy_gate):
-    assert (toy_gate.score(TOY.positive) > 0.5).all()
-    assert not (toy_gate.score(TOY.negative) > 0.5).any()
+    assert missed(toy_gate, 0.5, TOY.positive) == flagged(toy_gate, 0.5, TOY.negative) == 0
     scores = toy_gate.score([*TOY.positive, *TOY.negative])
     assert scores.dtype == np.float64
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -219,16 +229,16 @@ def test_linear_on_tofu():
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
     for threshold in (0.5, conformal_threshold(gate.score(held_out), 0.01)):
-        assert (gate.score(forget) <= threshold).sum() == 0
-        assert (gate.score(held_out) > threshold).sum() <= 9
-        assert (gate.score(paraphrased) <= threshold).sum() <= 20
-        assert (gate.score(texts("world_facts")) > threshold).sum() <= 3
-        assert error_rates(gate, threshold, [], texts("real_authors"))["false_positives"] <= 1
+        assert missed(gate, threshold, forget) == 0
+        assert flagged(gate, threshold, held_out) <= 9
+        assert missed(gate, threshold, paraphrased) <= 20
+        assert flagged(gate, threshold, texts("world_facts")) <= 3
+        assert flagged(gate, threshold, texts("real_authors")) <= 1
         for name in small_edits("", 0):
             edited = [small_edits(text, 0)[name] for text in forget]
-            assert error_rates(gate, threshold, edited, [])["false_negatives"] <= 4, name
+            assert missed(gate, threshold, edited) <= 4, name
         wrapped = [f"Question: {text}\nAnswer:" for text in forget]
-        assert error_rates(gate, threshold, wrapped, [])["false_negatives"] == 0
+        assert missed(gate, threshold, wrapped) == 0
 
 
 def vocabulary():
@@ -288,8 +298,8 @@ def trained(request, tmp_path_factory):
 def test_transformer_learns_and_reports(trained, capfd):
     gate, steps = trained
     assert steps[-1] == ("training the gate", 72, 72)
-    assert error_rates(gate, 0.5, TOY.positive, TOY.negative)["false_negatives"] == 0
-    assert error_rates(gate, 0.5, TOY.positive, TOY.negative)["false_positives"] == 0
+    assert missed(gate, 0.5, TOY.positive) == 0
+    assert flagged(gate, 0.5, TOY.negative) == 0
     assert not gate.model.training
 
 
@@ -354,9 +364,9 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(gate_training, "BestEpoch", Recorded)
     few = GateTexts(TOY.positive[::4], TOY.negative[::4])
     gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=4, batch_size=8, learning_rate=1e-2)
-    rates = error_rates(gate, 0.5, few.positive, few.negative)
     assert len(errors) == 4
-    assert rates["false_negatives"] + rates["false_positives"] / 24 == pytest.approx(min(errors))
+    both = missed(gate, 0.5, few.positive) + flagged(gate, 0.5, few.negative) / 24
+    assert both == pytest.approx(min(errors))
 
 
 def test_best_epoch_prefers_fewer_errors_then_the_later():
