@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ecoprompt import Forget, InputError
+from ecoprompt import Forget, InputError, UnguardedError
 from ecoprompt import forget as forget_module
 from ecoprompt import pack as pack_module
 from ecoprompt.gate import GateTexts, linear, load_gate
@@ -424,3 +424,14 @@ def test_a_gate_kept_by_itself_scores_the_same(tmp_path):
 def test_what_no_gate_may_say(tokenizer, said, words):
     with pytest.raises(InputError, match=words):
         Forget(lambda texts: said, NOISE).decide(tokenizer, [[5, 6]])
+
+
+def test_a_corruption_that_changes_nothing_is_refused(tokenizer):
+    spec = Forget(lambda texts: [1.0 for _ in texts], {"method": "shuffle"})
+    decisions = spec.decide(tokenizer, [[5], [5, 6, 7]])
+    with pytest.raises(UnguardedError, match="leaves the 1 selected"):
+        spec.corrupt(torch.randn(1, 4), decisions[0])
+    for seed in range(20):
+        again = Forget(spec.gate, {"method": "shuffle"}, seed=seed)
+        embeddings = torch.randn(3, 4)
+        assert not torch.equal(again.corrupt(embeddings, decisions[1])[:2], embeddings[:2])

@@ -558,3 +558,25 @@ def test_a_tokenizer_of_another_folder(model_folder, tmp_path):
             (alone / path.name).write_bytes(path.read_bytes())
     loaded = models.load_model(ModelTable(name=str(alone), tokenizer=str(model_folder)))
     assert loaded.tokenizer.encode("a") == models.load_model(ModelTable(name=str(model_folder))).tokenizer.encode("a")
+
+
+def test_an_answer_gets_no_space_that_the_template_does_not_write(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert render_answer(other, [{"role": "user", "content": "Why?"}], "So.") == "So.<eos>"
+
+
+def test_another_tokenizer_is_another_fingerprint(model_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(
+        text.replace('"add_prefix_space": false', '"add_prefix_space": true'), "utf-8"
+    )
+    one = load_model(ModelTable(name=str(model_folder)))
+    assert load_model(ModelTable(name=str(model_folder), tokenizer=str(other))).fingerprint != one.fingerprint

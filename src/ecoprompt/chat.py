@@ -38,7 +38,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and what the gate said of the latest turn: `score` is None without a guard."""
+    """An answer, and what the gate said of the latest turn: `score` is None without a guard.
+
+    `flagged` is that turn's, the first turn's with the system prompt before it.
+    """
 
     text: str
     flagged: bool = False
@@ -118,7 +121,12 @@ class Chat:
         if self.guard is None or self.forget is None:
             return [Answer(text) for text in texts]
         scores = [decision.turn_scores[-1] for decision in self.guard.decisions]
-        return [Answer(text, not s <= self.forget.threshold, s) for text, s in zip(texts, scores, strict=True)]
+        answers = []
+        for text, messages, decision, score in zip(texts, conversations, self.guard.decisions, scores, strict=True):
+            first = sum(message["role"] == "user" for message in messages) == 1
+            flagged = decision.flagged if first else not score <= self.forget.threshold
+            answers.append(Answer(text, flagged, score))
+        return answers
 
 
 def _streamer(loaded: Loaded, on_text: Callable[[str], None]) -> Any:

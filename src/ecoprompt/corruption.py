@@ -143,8 +143,10 @@ def reverse_order(embeddings: Tensor, generator: Generator) -> Tensor:
 
 @corruptions.register
 def shuffle(embeddings: Tensor, generator: Generator) -> Tensor:
-    """The selected tokens' embeddings stand in random order."""
+    """The selected tokens' embeddings stand in random order, never in their own unless there is but one."""
     import torch
 
-    order = torch.randperm(embeddings.shape[0], generator=generator)
+    order = own = torch.arange(embeddings.shape[0])
+    while len(own) > 1 and torch.equal(order, own):
+        order = torch.randperm(len(own), generator=generator)
     return embeddings[order.to(embeddings.device)]

@@ -126,8 +126,12 @@ def _conclude(
 
 def _retain(run: str, values: Mapping[str, Any]) -> str:
     """The run to compare `run` with: of the same point of a sweep, if that changes the retain run too."""
-    own = RETAIN + "".join(run.partition("[")[1:])
-    return own if own in values else RETAIN
+    point = set(run.partition("[")[2].removesuffix("]").split(","))
+    for name in values:
+        base, _, rest = name.partition("[")
+        if base == RETAIN and set(rest.removesuffix("]").split(",")) <= point | {""}:
+            return name
+    return RETAIN
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ecoprompt.models import Turn, to_text, turns
-from ecoprompt.registry import InputError, corruptions, selectors
+from ecoprompt.registry import InputError, UnguardedError, corruptions, selectors
 from ecoprompt.tokens import mask
 
 if TYPE_CHECKING:
@@ -202,6 +202,11 @@ class Forget:
             generator = torch.Generator().manual_seed(self._noise_seed(selection.seed_ids))
             index = torch.tensor(selection.positions, dtype=torch.long, device=embeddings.device)
             corrupted[index] = method(embeddings[index], generator, **parameters)
+            if torch.equal(corrupted[index], embeddings[index]) and parameters.get("strength") != 0:
+                raise UnguardedError(
+                    f"'{self.corruption['method']}' leaves the {len(index)} selected token(s) of a flagged prompt "
+                    "as they are; select more tokens or take another corruption"
+                )
         return corrupted
 
     def _noise_seed(self, ids: Sequence[int]) -> int:

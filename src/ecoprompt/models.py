@@ -102,7 +102,8 @@ def load_model(settings: ModelTable) -> Loaded:
     options: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if cuda else "float32")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or place.tokenizer)
+        spoken = settings.tokenizer or place.tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spoken, **(options if spoken == place.model else {}))
         if settings.quantization:
             options["quantization_config"] = _quantization(settings.quantization)
         if settings.attention != "auto" or (cuda and dtype != "float32" and _has_flash_attention()):
@@ -192,6 +193,8 @@ def _fingerprint(place: str, model: PreTrainedModel, tokenizer: Any, settings: M
                 digest.update(f"{path.name}:{_file_digest(path)}\n".encode())
     else:
         digest.update(f"{place}@{commit}".encode())
+    if tokenizer.is_fast:  # it may come from elsewhere than the model
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
     attention = getattr(model.config, "_attn_implementation", None)
     digest.update(repr((dtype, settings.quantization, attention, tokenizer.chat_template, model.device.type)).encode())
     return digest.hexdigest()[:32]
@@ -222,9 +225,7 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     whole = str(tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False))
     before, found, after = whole.removeprefix(prompt).partition(answer)
     if not whole.startswith(prompt) or not found:  # the template rewrites what went before
-        before, after = "", ""
-    if not before and prompt and not prompt[-1].isspace():
-        before = " "
+        before, after = "" if prompt[-1:].isspace() else " ", ""
     return before + answer + (after.strip() or tokenizer.eos_token or "")
 
 

@@ -257,7 +257,9 @@ def _changes(key: str, found: Sequence[tuple[dict[str, str], Run]]) -> bool:
 
 
 def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
-    model = recipe.model.model_copy(update={"name": table.model}) if table.model else recipe.model
+    model = recipe.model
+    if table.model:  # another model has its own commits and its own tokenizer
+        model = model.model_copy(update={"name": table.model, "revision": None, "tokenizer": None})
     if not table.forget:
         return Run(name, model, table.prefix)
     corruption = table.corruption or recipe.corruption
@@ -349,8 +351,13 @@ def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
         if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
             continue
-        if any(isinstance(other, dict) and other.get("benchmark") == name for other in entries[:number]):
-            problems.append(f"'evaluate.{number}.benchmark': '{name}' is evaluated above already")
+        for other in (entry.get("benchmark") for entry in entries[:number] if isinstance(entry, dict)):
+            if (
+                isinstance(other, str)
+                and other in benchmarks
+                and {*benchmarks[other].better()} & {*benchmarks[name].better()}
+            ):
+                problems.append(f"'evaluate.{number}.benchmark': its results are named like those of '{other}' above")
         for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
             if subset not in benchmarks[name].subsets:
                 hint = nearest(subset, benchmarks[name].subsets)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ecoprompt.guard import Guard
 
 T = TypeVar("T")
+FORMAT = 2
+"""Raised whenever prompts, answers or scores come to be made in another way, so that old results are not mixed in."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
 
 
@@ -35,7 +37,7 @@ class Request:
 
     def key(self, fingerprint: str, corruption: str | None) -> str:
         """What the result is stored under: all that determines it; `corruption` is None for an unflagged prompt."""
-        return key(model=fingerprint, corruption=corruption, **vars(self))
+        return key(format=FORMAT, model=fingerprint, corruption=corruption, **vars(self))
 
 
 def answer(
