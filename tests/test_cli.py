@@ -274,7 +274,7 @@ def test_train_classifier_prints_its_errors_and_the_pack(
     assert document["pack"] == str(pack)
     assert document["threshold"] == 0.5
     assert {"data", "flag", "prompts", "errors"} <= set(document["measured"][0])
-    assert {path.name for path in pack.iterdir()} == {"forget.toml", "gate"}
+    assert {path.name for path in pack.iterdir()} - {"tradeoff.png"} == {"forget.toml", "gate", "README.md"}
     gate = pack_module.TrainedGate(gate=None, threshold=0.5, measured=document["measured"])  # type: ignore[arg-type]
     monkeypatch.setattr(pack_module, "train_classifier", lambda *arguments: (pack, gate))
     result = runner.invoke(app, ["train-classifier", "quickstart"])

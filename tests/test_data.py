@@ -16,14 +16,13 @@ from ecoprompt.data import (
     Source,
     check_columns,
     count_rows,
-    fill,
     load_rows,
     local_file,
     sample,
     split,
-    template_names,
 )
 from ecoprompt.registry import EcopromptError, InputError
+from ecoprompt.template import fill, template_names
 
 ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "Where?", "answer": "Here\u2028and there"}]
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -145,7 +144,7 @@ BAD_FILES = {
     "header alone": ("a.csv", "question,answer\n", ": found no rows", "expected at least one"),
     "not Parquet": ("a.parquet", "question", ": found a file that is not Parquet", "expected Parquet"),
     "another kind": (
-        "a.txt",
+        "a.xml",
         "question",
         ": found a file of an unknown kind",
         "expected .jsonl, .json, .csv, .parquet",

@@ -177,7 +177,7 @@ def test_a_pack_decides_as_what_was_written(written, pack, tokenizer):
 
 
 def test_a_pack_holds_nothing_that_can_carry_code(pack, recipe, tmp_path):
-    assert {path.suffix for path in pack.rglob("*") if path.is_file()} == {".toml", ".safetensors"}
+    assert {path.suffix for path in pack.rglob("*") if path.is_file()} - {".png"} == {".toml", ".safetensors", ".md"}
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     from ecoprompt.gate import TransformerGate
@@ -190,7 +190,7 @@ def test_a_pack_holds_nothing_that_can_carry_code(pack, recipe, tmp_path):
     gate = TransformerGate(BertForSequenceClassification(config), BertTokenizerFast(str(words)), 16, 4)
     pack_module.save_pack(tmp_path / "other", recipe, TrainedGate(gate, 0.5, []), 0, "")
     suffixes = {path.suffix for path in (tmp_path / "other").rglob("*") if path.is_file()}
-    assert suffixes <= {".toml", ".safetensors", ".json"}
+    assert suffixes <= {".toml", ".safetensors", ".json", ".md"}
     torch.testing.assert_close(load_pack(tmp_path / "other").gate.score(["who is"]), gate.score(["who is"]))
 
 

@@ -15,13 +15,17 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "benchmarks"]
+    ["registry", "files", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "template", "data", "models"]
     + [
+        "sources",
+        "benchmarks",
         "results",
         "tokens",
         "gate_training",
+        "classifier",
         "gate",
         "forget",
+        "card",
         "pack",
         "guard",
         "scoring",
@@ -31,8 +35,8 @@ ORDER = (
     ]
     + ["sandbox", "chat", "cli"]
 )
-"""DESIGN, section 3: a module imports only from those before it. `gate_training` and `sweep` are parts of the module
-that follows them."""
+"""DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources` and
+`card` are parts of the module that follows them, `template` of what makes prompts, `files` of what reads a pack."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

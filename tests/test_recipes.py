@@ -63,16 +63,22 @@ def test_it_binds(path):
             selectors.bind(run.tokens.select, run.tokens.parameters)
 
 
-def test_it_dry_runs(recipe):
+def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
     assert set(planned) == {"recipe", "runs", "rows", "devices"}
     assert planned["recipe"] == recipe.document()
+    json.dumps(planned)
+    if path.stem.startswith("gate-"):
+        name = recipe.data.forget.partition("/")[0]
+        assert planned["runs"] == {}
+        assert set(planned["rows"]) == {name, *recipe.data.checks}
+        assert {"positive", "negative"} <= set(planned["rows"][name])
+        return
     assert [name for name, run in planned["runs"].items() if run["guarded"]] == ["eco"]
     assert {"retain", "original"} <= set(planned["runs"])
     for name, rows in planned["rows"].items():
         assert list(rows) == list(benchmarks[name].subsets)
         assert all(count > 0 for count in rows.values())
-    json.dumps(planned)
 
 
 def test_dry_runs_need_no_torch(tmp_path):
@@ -83,6 +89,27 @@ def test_dry_runs_need_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout == "[]\n"
+
+
+GATES = {
+    "gate-tofu": "tofu/forget10",
+    "gate-wmdp": "wmdp/all",
+    "gate-mmlu-economics": "mmlu/economics",
+    "gate-mmlu-law": "mmlu/law",
+    "gate-mmlu-physics": "mmlu/physics",
+    "gate-news": "bbc_news/articles",
+    "gate-book": "book/alice_in_wonderland",
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_recipe_takes_the_papers_gate_and_a_published_one(name):
+    assert load_recipe(name).data.forget == GATES[name]
+    paper = load_recipe(name, ["gate.kind=transformer"])
+    assert (paper.gate.parameters["base"], paper.gate.parameters["epochs"]) == ("FacebookAI/roberta-base", 30)
+    published = load_recipe(name, ["gate.classifier=chrisliu298/some_classifier", "gate.threshold=0.99"])
+    assert published.gate.kind == "transformer"
+    assert published.corruption is not None
 
 
 def test_tofu_is_the_papers_experiment():

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, count_rows, fill, load_rows, sample, template_names
+from ecoprompt.data import Row, Source, check_columns, sample
 from ecoprompt.metrics import ROW_INPUTS, Better, reads
 from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest
+from ecoprompt.sources import (
+    ForgetSet,
+    GateData,
+    GateSources,
+    GateTexts,
+    Local,
+    Named,
+    Reading,
+    Template,
+    Texts,
+    as_value_error,
+    count,
+    prompts,
+    read,
+    without_overlap,
+)
+from ecoprompt.template import fill, template_names
 
 PACKAGE = Path(__file__).parent
 
@@ -30,66 +47,15 @@ class Item:
     alternatives: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class GateData:
-    """Prompts that train a gate (positive: to be flagged), and further ones that test it, with their label 1 or 0."""
-
-    positive: list[str]
-    negative: list[str]
-    checks: dict[str, tuple[list[str], int]]
+MetricName = Annotated[str, as_value_error(metrics.__getitem__)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class _Named(_Table):
-    _name: str = PrivateAttr("")
-
-    @property
-    def name(self) -> str:
-        """The key under which this table was declared."""
-        return self._name
-
-
-def _as_value_error(check: Callable[[str], object]) -> AfterValidator:
-    """A pydantic check of a text that passes on an InputError of `check` under its key."""
-
-    def validate(text: str) -> str:
-        try:
-            check(text)
-        except InputError as error:
-            raise ValueError("; ".join(error.problems)) from None
-        return text
-
-    return AfterValidator(validate)
-
-
-def _check_config(template: str) -> None:
-    fill(template, {"forget": "", "retain": ""})
-
-
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
-MetricName = Annotated[str, _as_value_error(metrics.__getitem__)]
-Template = Annotated[str, _as_value_error(template_names)]
-Config = Annotated[str, _as_value_error(_check_config)]
-
-
-class ForgetSet(_Named):
-    """What is to be forgotten: the name of its retain set, and what a prompt calls its contents."""
-
-    retain: str
-    targets: Texts = ()
-
-
-class Subset(_Named):
+class Subset(Reading, Named):
     """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
 
     `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own.
     """
 
-    config: Config | None = None
-    split: str | None = None
     prompt: Template | None = None
     answer: str = "answer"
     reference: str | None = None
@@ -107,34 +73,13 @@ class Subset(_Named):
         return self
 
 
-class GateTexts(_Table):
-    """Prompts for a gate: a text column of one data set."""
-
-    config: Config | None = None
-    split: str | None = None
-    field: str
-
-
-class GateCheck(GateTexts):
-    """Prompts that test a gate; label 1 if it should flag them, else 0."""
-
-    label: Annotated[int, Field(ge=0, le=1)]
-
-
-class GateSources(_Table):
-    """Which prompts train a gate, and which test it."""
-
-    positive: Annotated[tuple[GateTexts, ...], Field(strict=False, min_length=1)]
-    negative: Annotated[tuple[GateTexts, ...], Field(strict=False, min_length=1)]
-    checks: dict[str, GateCheck] = {}
-
-
-class Benchmark(_Named):
+class Benchmark(Named):
     """A data set, how a prompt is made of a row, and how the answers are scored."""
 
     title: str = ""
     hub: str | None = None
     folder: str | None = None
+    local: Local | None = None
     revision: str | None = None
     split: str = "train"
     prompt: Template
@@ -142,20 +87,24 @@ class Benchmark(_Named):
     rows: dict[str, int] = {}
     columns: Texts = ()
     forget_sets: dict[str, ForgetSet] = {}
-    subsets: Annotated[dict[str, Subset], Field(min_length=1)]
+    subsets: Annotated[dict[str, Subset], Field(min_length=1)] = {}
     aggregates: dict[str, dict[str, Any]] = {}
     gate: GateSources | None = None
     _base: Path = PrivateAttr(PACKAGE)
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Benchmark:
-        if (self.hub is None) == (self.folder is None):
-            raise ValueError("found both 'hub' and 'folder'" if self.hub else "found neither 'hub' nor 'folder'")
+        if self.folder is not None and self.hub is not None:
+            raise ValueError("found both 'hub' and 'folder'")
+        if self.folder is None and self.hub is None and self.local is None:
+            raise ValueError("found neither 'hub' nor 'folder'")
+        if not self.subsets and self.gate is None:
+            raise ValueError("found neither 'subsets' nor 'gate', so there is nothing to read")
         return self
 
     def model_post_init(self, context: Any) -> None:
         """Tell the inner tables their names."""
-        named: list[tuple[str, _Named]] = [*self.forget_sets.items(), *self.subsets.items()]
+        named: list[tuple[str, Named]] = [*self.forget_sets.items(), *self.subsets.items()]
         for name, table in named:
             table._name = name
 
@@ -190,7 +139,7 @@ class Benchmark(_Named):
         """All rows of `subset`, with every column that is read of them checked."""
         table = self.subset(subset)
         source = self._source(table, forget)
-        rows = load_rows(source, root)
+        rows = read(source, table, self._forget_set(forget), root)
         check_columns(rows, source, self._columns_read(table))
         return rows
 
@@ -219,13 +168,23 @@ class Benchmark(_Named):
         ]
 
     def gate_texts(self, forget: str | ForgetSet | None, root: Path | None = None) -> GateData:
-        """The prompts that train a gate for `forget`, and those that test it."""
+        """The prompts that train a gate for `forget`, and those that test it, none of which it is trained on."""
         gate = self._gate()
-        return GateData(
+        if not gate.positive or not gate.negative:
+            raise InputError(
+                f"benchmark '{self.name}' only tests gates: its [gate] table has no 'positive', 'negative'"
+            )
+        data = GateData(
             positive=[text for texts in gate.positive for text in self._texts(texts, forget, root)],
             negative=[text for texts in gate.negative for text in self._texts(texts, forget, root)],
-            checks={name: (self._texts(check, forget, root), check.label) for name, check in gate.checks.items()},
+            checks=self.gate_checks(forget, root),
         )
+        return without_overlap(data)
+
+    def gate_checks(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, tuple[list[str], int]]:
+        """The prompts that test a gate, by the name of their set, each with its label."""
+        checks = self._gate().checks
+        return {name: (self._texts(check, forget, root), check.label) for name, check in checks.items()}
 
     def dry_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
         """How many rows each subset has: of the local data, else as published, else None. Asks no network."""
@@ -238,8 +197,16 @@ class Benchmark(_Named):
         for name, sources in (("positive", gate.positive), ("negative", gate.negative)):
             parts = [self._count(texts, forget, root) for texts in sources]
             known = [part for part in parts if part is not None]
-            counts[name] = sum(known) if len(known) == len(parts) else None
+            counts |= {name: sum(known) if len(known) == len(parts) else None} if sources else {}
         return counts | {name: self._count(check, forget, root) for name, check in gate.checks.items()}
+
+    def gate_hubs(self) -> list[str]:
+        """The Hub data sets that train and test a gate."""
+        gate = self._gate()
+        named = [
+            self.hub if one.hub is None else one.hub for one in (*gate.positive, *gate.negative, *gate.checks.values())
+        ]
+        return sorted({name for name in named if name})
 
     def _gate(self) -> GateSources:
         if self.gate is None:
@@ -248,21 +215,26 @@ class Benchmark(_Named):
 
     def _texts(self, texts: GateTexts, forget: str | ForgetSet | None, root: Path | None) -> list[str]:
         source = self._source(texts, forget)
-        rows = load_rows(source, root)
-        check_columns(rows, source, {texts.field: str})
-        return [row[texts.field] for row in rows]
+        return prompts(read(source, texts, self._forget_set(forget), root), source, texts, self.prompt)
 
-    def _count(self, table: Subset | GateTexts, forget: str | ForgetSet | None, root: Path | None) -> int | None:
+    def _count(self, table: Reading, forget: str | ForgetSet | None, root: Path | None) -> int | None:
         source = self._source(table, forget)
-        local = count_rows(source, root)
-        return self.rows.get(source.config or source.split) if local is None else local
+        published = self.rows.get(source.config or source.split) if table.hub is None else None
+        return count(source, table, self._forget_set(forget), root, published)
 
-    def _source(self, table: Subset | GateTexts, forget: str | ForgetSet | None) -> Source:
-        config = self._filled(table.config, forget) if table.config else None
+    def _source(self, table: Reading, forget: str | ForgetSet | None) -> Source:
+        config, local = (
+            self._filled(key, forget) if key else None for key in (table.config, table.local or self.local)
+        )
         split = table.split or self.split
-        if self.folder is not None:
+        if self.folder is not None and table.hub is None:
             return Source(config=config, split=split, path=str(self._base / self.folder / (config or split)))
-        return Source(hub=self.hub, config=config, split=split, revision=self.revision)
+        if table.hub is not None:  # another data set has its own commits and its own name under the root
+            return Source(table.hub or None, config, split, local=local)
+        return Source(self.hub, config, split, revision=self.revision, local=local)
+
+    def _forget_set(self, forget: str | ForgetSet | None) -> ForgetSet | None:
+        return None if forget is None else self.forget_set(forget if isinstance(forget, str) else forget.name)
 
     def _filled(self, template: str, forget: str | ForgetSet | None) -> str:
         """`template` with the names of the forget set and its retain set, which it need not use."""
@@ -270,7 +242,8 @@ class Benchmark(_Named):
             return template
         if forget is None:
             raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.forget_sets)}")
-        forget_set = self.forget_set(forget if isinstance(forget, str) else forget.name)
+        forget_set = self._forget_set(forget)
+        assert forget_set is not None
         return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
 
     def _columns_read(self, subset: Subset) -> dict[str, type]:

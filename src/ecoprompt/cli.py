@@ -111,7 +111,8 @@ def _drop_output() -> None:
 
 def _fail(message: str, status: int) -> None:
     for line in message.splitlines() or [""]:
-        print(f"ecoprompt: {line}", file=sys.stderr)
+        # A message may quote a stranger's file, which is not to move the cursor or to recolour the terminal.
+        print("ecoprompt:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr)
     raise typer.Exit(status)
 
 
@@ -216,12 +217,12 @@ def train_classifier(
         return
     with _progress() as progress:
         folder, trained = train_classifier(loaded, output, progress)
-    document = {"pack": str(folder), "threshold": trained.threshold, "measured": trained.measured}
-    if json:
-        _print_json(document)
-        return
-    from ecoprompt.results import gate_table
+    from ecoprompt.results import gate_report, gate_table
 
+    if json:
+        measured = gate_report(trained.measured)
+        _print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
+        return
     _console().print(gate_table(trained.measured, trained.threshold))
     print(folder)
 

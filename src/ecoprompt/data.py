@@ -1,47 +1,51 @@
-"""Rows from the Hugging Face Hub or from local files, seeded samples and splits, and prompt templates."""
+"""Rows from the Hugging Face Hub or from local files, seeded samples and splits."""
 
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ecoprompt.registry import EcopromptError, InputError, nearest
-
-if TYPE_CHECKING:
-    from jinja2 import Environment, Template
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+CHUNK = 190
+"""Words of a chunk of a text file: about 256 tokens of English, the length of the paper's."""
 ENVIRONMENT = "ECOPROMPT_DATA"
 
 _MOST_PROBLEMS = 5
+_SENTENCE = 5
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _EXPECTED = {str: "text", list: "a list of at least one text", object: "a value"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out)."""
+    """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out).
+
+    `local` is where under the root a copy lies that is not called after its Hub id; without `hub`, it is all there is.
+    """
 
     hub: str | None = None
     config: str | None = None
     split: str = "train"
     path: str | None = None
     revision: str | None = None
+    local: str | None = None
 
     @property
     def label(self) -> str:
         """The source in words, for messages."""
-        return self.path or ", ".join(part for part in (self.hub, self.config, self.split) if part)
+        return self.path or ", ".join(part for part in (self.hub or self.local, self.config, self.split) if part)
 
 
 class Rows(list[Row]):
@@ -56,8 +60,13 @@ class Rows(list[Row]):
         """Where the row at `index` stands; lines and rows are counted from 1."""
         return f"{self.origin}:{self._lines[index]}" if self._lines else f"{self.origin}: row {index + 1}"
 
+    def take(self, indices: Sequence[int]) -> Rows:
+        """The rows at `indices`, which still know their places."""
+        lines = self._lines or range(1, len(self) + 1)
+        return Rows([self[i] for i in indices], self.origin, [lines[i] for i in indices])
 
-def load_rows(source: Source, root: Path | None = None) -> list[Row]:
+
+def load_rows(source: Source, root: Path | None = None) -> Rows:
     """All rows of `source`, from a local file if there is one, else from the Hub (or its cache).
 
     Files are looked for under `root`, else under the folder that ECOPROMPT_DATA names. Raises
@@ -77,9 +86,9 @@ def local_file(source: Source, root: Path | None = None) -> Path | None:
     """The file that holds `source`, None if it has to come from the Hub."""
     if source.path is not None:
         return _file(Path(source.path))
-    for folder in _folders(source, _root(root)):
+    for stem in _stems(source, _root(root)):
         for suffix in SUFFIXES:
-            path = folder / f"{_stem(source)}{suffix}"
+            path = stem.with_name(stem.name + suffix)
             if path.is_file():
                 return path
     return None
@@ -182,6 +191,12 @@ def _stem(source: Source) -> str:
     return source.config or source.split
 
 
+def _stems(source: Source, root: Path | None) -> list[Path]:
+    """The files, without their suffixes, that may be a local copy."""
+    own = [root / source.local] if root is not None and source.local else []
+    return [*own, *(folder / _stem(source) for folder in _folders(source, root))]
+
+
 def _folders(source: Source, root: Path | None) -> list[Path]:
     if root is None or source.hub is None:
         return []
@@ -200,7 +215,8 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Rows:
-    readers = dict(zip(SUFFIXES, (_read_json_lines, _read_json, _read_csv, _read_parquet), strict=True))
+    kinds = (_read_json_lines, _read_json, _read_csv, _read_parquet, _read_text)
+    readers = dict(zip(SUFFIXES, kinds, strict=True))
     if path.suffix not in readers:
         raise InputError(f"{path}: found a file of an unknown kind, expected {', '.join(SUFFIXES)}")
     try:
@@ -306,7 +322,32 @@ def _read_parquet(path: Path) -> Rows:
         raise InputError(f"{path}: found a file that is not Parquet ({error}), expected Parquet") from None
 
 
+def _read_text(path: Path) -> Rows:
+    """A plain text in chunks of whole sentences: columns `text`, `first_sentence` and `rest`."""
+    text = " ".join(_decoded(path, 1, path.read_bytes().removeprefix(b"\xef\xbb\xbf")).split())
+    sentences: list[str] = []
+    for part in re.split(r"(?<=[.!?]) (?=\S)|(?<=[.!?][\"'”’)]) (?=\S)", text):
+        if sentences and len(sentences[-1].split()) < _SENTENCE:  # a heading, a title such as "Mr."
+            sentences[-1] += f" {part}"
+        else:
+            sentences.append(part)
+    chunks: list[list[str]] = [[]]
+    for sentence in sentences:
+        if sum(len(one.split()) for one in chunks[-1]) >= CHUNK:
+            chunks.append([])
+        chunks[-1].append(sentence)
+    named = [(" ".join(chunk), chunk[0], " ".join(chunk[1:])) for chunk in chunks if chunk != [""]]
+    return Rows([dict(zip(("text", "first_sentence", "rest"), row, strict=True)) for row in named], str(path))
+
+
 def _download(source: Source, root: Path | None) -> Rows:
+    if source.hub is None:
+        where = _root(root)
+        raise InputError(
+            f"'{source.local}' is not to be had from the Hub: put {source.local}.jsonl (or another of "
+            f"{', '.join(SUFFIXES)}) into the folder that [data] root or {ENVIRONMENT} names"
+            + (f"; '{where}' does not have it" if where else "")
+        )
     try:
         import datasets
 
@@ -338,47 +379,3 @@ def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def fill(template: str, values: Mapping[str, Any]) -> str:
-    """`template` (Jinja, sandboxed) rendered with `values`; raises InputError for a name that is not among them."""
-    import jinja2
-
-    try:
-        return _template(template).render(values)
-    except jinja2.UndefinedError as error:
-        unknown = sorted(template_names(template) - set(values))
-        hints = [f"'{name}' ({nearest(name, values)})" for name in unknown] or [str(error)]
-        raise InputError(f"template '{template}': found the unknown name {', '.join(hints)}") from None
-    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
-        raise InputError(f"template '{template}': cannot be filled ({error})") from None
-
-
-def template_names(template: str, *, printed: bool = False) -> set[str]:
-    """The names that `template` uses; with `printed`, only those that it prints as they are: {{ name }}."""
-    import jinja2
-    from jinja2 import meta, nodes
-
-    try:
-        tree = _environment().parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"template '{template}': found what is not Jinja ({error.message})") from None
-    names = meta.find_undeclared_variables(tree)
-    if not printed:
-        return names
-    return names & {
-        part.name for output in tree.find_all(nodes.Output) for part in output.nodes if isinstance(part, nodes.Name)
-    }
-
-
-@functools.cache
-def _environment() -> Environment:
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-
-
-@functools.lru_cache(maxsize=256)
-def _template(template: str) -> Template:
-    return _environment().from_string(template)

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.benchmarks import Benchmark, ForgetSet, Item, parse_forget
-from ecoprompt.data import fill
+from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.guard import Guard
 from ecoprompt.metrics import reads
 from ecoprompt.models import Loaded, encode, load_model, locate, render, render_answer
@@ -25,6 +24,8 @@ from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.results import Store, write_results
 from ecoprompt.scoring import Request, answer, log_prob
+from ecoprompt.sources import ForgetSet
+from ecoprompt.template import fill
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
@@ -140,6 +141,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     for table, benchmark, forget_set, root in _tables(recipe):
         counts = benchmark.dry_rows(forget_set, root)
         rows[benchmark.name] = {name: _at_most(count, _limit(table, name)) for name, count in counts.items()}
+    if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
+        root = Path(recipe.data.root) if recipe.data.root else None
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, root)
+        rows |= {name: benchmarks[name].dry_gate_rows(None, root) for name in recipe.data.checks}
     return {
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},

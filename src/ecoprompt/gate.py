@@ -6,7 +6,6 @@ import functools
 import math
 import random
 import re
-import tomllib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy as np
 import tomli_w
 from pydantic import Field
 
+from ecoprompt.classifier import flagged_label, load_classifier
+from ecoprompt.files import read_header, read_toml
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ Size = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
+MOST = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2**20, "batch_size": 2**12}
+"""Past these a saved gate's settings would take a machine's memory for one long prompt."""
+MOST_FEATURES = 2**26
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ class LinearGate:
         from safetensors.numpy import load_file
 
         settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"))
+        held = read_header(folder / WEIGHTS)
+        if any(math.prod(shape) > MOST_FEATURES for _, shape in held.values()):
+            raise InputError(f"{folder / WEIGHTS}: found more than {MOST_FEATURES} weights, expected fewer")
         try:
             tensors = load_file(folder / WEIGHTS)
             weights, intercept = tensors["weights"], float(tensors["intercept"].item())
@@ -104,11 +111,11 @@ def linear(
     seed: int,
     progress: Progress = quiet,
     *,
-    word_ngrams: Count = 2,
-    char_ngrams: Annotated[int, Field(ge=3)] = 5,
-    features: Annotated[int, Field(ge=2, multiple_of=2)] = 2**18,
+    word_ngrams: Annotated[int, Field(ge=1, le=8)] = 2,
+    char_ngrams: Annotated[int, Field(ge=3, le=16)] = 5,
+    features: Annotated[int, Field(ge=2, le=2**26, multiple_of=2)] = 2**18,
     c: Size = 1.0,
-    window: Annotated[int, Field(ge=2)] = 64,
+    window: Annotated[int, Field(ge=2, le=2**16)] = 64,
     edits: bool = True,
 ) -> LinearGate:
     """Trained in seconds on a CPU: n-grams of 1 to `word_ngrams` words and of 3 to `char_ngrams` letters.
@@ -170,7 +177,7 @@ def _ngrams(windows: Sequence[str], word_ngrams: int, char_ngrams: int, features
 
 
 class TransformerGate:
-    """A sequence classifier with two labels, of which the second (index 1) is to be forgotten."""
+    """A sequence classifier with two labels, of which one says that a prompt is to be forgotten."""
 
     kind = "transformer"
 
@@ -179,6 +186,7 @@ class TransformerGate:
         self.max_length, self.batch_size = max_length, batch_size
         if model.config.num_labels != 2:
             raise InputError(f"the gate's classifier has {model.config.num_labels} labels, expected 2")
+        self.flagged = flagged_label(model.config.id2label)
         if not tokenizer.is_fast:
             raise InputError("the gate's classifier has no fast tokenizer, so a long prompt cannot be cut into windows")
         if tokenizer.pad_token is None:
@@ -215,7 +223,7 @@ class TransformerGate:
             batch = self.tokenizer.pad({"input_ids": [flat[i] for i in rows]}, return_tensors="pt")
             with torch.inference_mode():
                 logits = self.model(**batch.to(self.model.device)).logits
-            scores[rows] = logits.double().softmax(-1)[:, 1].cpu().numpy()
+            scores[rows] = logits.double().softmax(-1)[:, self.flagged].cpu().numpy()
         if not np.isfinite(scores).all():
             raise EcopromptError("the gate's classifier gives scores that are not numbers")
         return _highest(scores, windows)
@@ -278,21 +286,8 @@ def transformer(
 
 def _pretrained(name: str, max_length: int, batch_size: int, **head: Any) -> TransformerGate:
     """The classifier `name`, a Hub id or a folder; no code of its repository is run, no pickle is opened."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    safe = {"use_safetensors": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loader = transformers.AutoModelForSequenceClassification
-        model = loader.from_pretrained(name, dtype=torch.float32, **safe, **head)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the gate's classifier '{name}' cannot be loaded ({str(error).splitlines()[0]}): get it with "
-            f"'hf download {name}' where there is a network, or give the folder of one with safetensors weights"
-        ) from None
-    return TransformerGate(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, max_length, batch_size)
+    model, tokenizer = load_classifier(name, **head)
+    return TransformerGate(model, tokenizer, max_length, batch_size)
 
 
 def _positions(model: Any) -> int:
@@ -328,15 +323,13 @@ def load_gate(folder: Path, kind: str) -> Gate:
 def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
     """The whole numbers `names` of a saved gate of that kind."""
     path = folder / SETTINGS
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not the settings of a gate ({error})") from None
+    settings = read_toml(path, "not the settings of a gate")
     if settings.get("kind") != kind:
         raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
-    wrong = [name for name in names if type(settings.get(name)) is not int or settings[name] < 1]
+    wrong = [name for name in names if type(settings.get(name)) is not int or not 1 <= settings[name] <= MOST[name]]
     if wrong:
-        raise InputError(*(f"{path}: '{name}': found {settings.get(name)!r}, expected a number >= 1" for name in wrong))
+        found = [(f"'{name}': found {settings.get(name)!r:.40}", MOST[name]) for name in wrong]
+        raise InputError(*(f"{path}: {said}, expected a number from 1 to {most}" for said, most in found))
     return {name: settings[name] for name in names}
 
 

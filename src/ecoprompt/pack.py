@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-import tomllib
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ecoprompt.benchmarks import GateData, parse_forget
+from ecoprompt.benchmarks import parse_forget
+from ecoprompt.card import tradeoff, write_card
+from ecoprompt.classifier import fetch
+from ecoprompt.files import CLASSIFIER, check_folder, read_toml
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import Gate, GateTexts, conformal_threshold, hold_out, load_gate, small_edits
-from ecoprompt.models import out_of_reach
+from ecoprompt.gate import SETTINGS, WEIGHTS, Gate, GateTexts, conformal_threshold, hold_out, load_gate, small_edits
+from ecoprompt.models import HUB_ID
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
-from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
+from ecoprompt.registry import InputError, Progress, benchmarks, gates, nearest, quiet
 from ecoprompt.results import write_text_atomic
+from ecoprompt.sources import GateData, without_overlap
 
 PACK = "forget.toml"
 OUTPUT = Path("results")
+SPACY = re.compile(r"[a-z]{2,3}_[a-z]+_[a-z]+_[a-z]+", re.ASCII)
+"""What the names of spaCy's models look like: of other names, it would import a package."""
+RETAIN_SET = "retain set"
+FILES = (PACK, *(f"gate/{name}" for name in (SETTINGS, WEIGHTS, *CLASSIFIER)))
+"""What is fetched of a pack on the Hub."""
 SPEC = ("tokens", "corruption")
+ABOUT = ("trained", "tradeoff")
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class TrainedGate:
     gate: Gate
     threshold: float
     measured: list[dict[str, Any]]
+    about: dict[str, Any] = field(default_factory=dict)
+    """For the pack's card: how it was `trained`, and the `tradeoff` of its threshold."""
 
 
 def train_classifier(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> tuple[Path, TrainedGate]:
@@ -58,7 +71,8 @@ def obtain_gate(
             stored = _read_pack(folder)
             if stored["trained"]["digest"] == trained_on:
                 gate = load_gate(folder / "gate", stored["gate"]["kind"])
-                trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"])
+                about = {name: stored[name] for name in ABOUT if name in stored}
+                trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"], about)
                 if _spec(recipe) != {name: stored[name] for name in SPEC if name in stored}:
                     save_pack(folder, recipe, trained, seed, trained_on)
                 return trained
@@ -81,7 +95,12 @@ def _gate_data(recipe: Recipe) -> GateData:
     if recipe.data is None:
         raise InputError(f"{recipe.name}: training, calibrating or measuring a gate needs [data] forget")
     benchmark, forget_set = parse_forget(recipe.data.forget)
-    return benchmark.gate_texts(forget_set, Path(recipe.data.root) if recipe.data.root else None)
+    root = Path(recipe.data.root) if recipe.data.root else None
+    data = benchmark.gate_texts(forget_set, root)
+    further = [benchmarks[name].gate_checks(None, root) for name in recipe.data.checks]
+    return without_overlap(
+        replace(data, checks={key: check for checks in (data.checks, *further) for key, check in checks.items()})
+    )
 
 
 def _make_gate(table: GateTable, texts: GateTexts | None, seed: int, progress: Progress) -> Gate:
@@ -92,27 +111,47 @@ def _make_gate(table: GateTable, texts: GateTexts | None, seed: int, progress: P
 def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> TrainedGate:
     texts = GateTexts(data.positive, data.negative)
     held_out: list[str] = []
+    about: dict[str, Any] = {"settings": {k: v for k, v in table.parameters.items() if v is not None}}
     if isinstance(table.threshold, Calibration):
         texts, held_out = hold_out(texts, table.threshold.held_out, seed)
         conformal_threshold(np.zeros(len(held_out)), table.threshold.false_positive_rate)  # too few? say so at once
+        about |= {"calibration": table.threshold.model_dump(), "held_out": len(held_out)}
+    started = time.perf_counter()
     gate = _make_gate(table, texts, seed, progress)
+    about |= {"positive": len(texts.positive), "negative": len(texts.negative)}
+    about["seconds"] = round(time.perf_counter() - started, 2)
     if isinstance(table.threshold, Calibration):
         threshold = conformal_threshold(gate.score(held_out), table.threshold.false_positive_rate)
     else:
         threshold = table.threshold
-    sets: dict[str, tuple[list[str], int]] = {"forget set": (texts.positive, 1), "retain set": (texts.negative, 0)}
+    measured, scores = _measure(gate, threshold, _sets(texts, held_out, data, seed), progress)
+    return TrainedGate(gate, threshold, measured, {"trained": about, "tradeoff": tradeoff(scores, threshold)})
+
+
+def _sets(texts: GateTexts, held_out: list[str], data: GateData, seed: int) -> dict[str, tuple[list[str], int]]:
+    """The sets of prompts that a gate is measured on, by name, each with its label."""
+    sets: dict[str, tuple[list[str], int]] = {"forget set": (texts.positive, 1), RETAIN_SET: (texts.negative, 0)}
     if held_out:
         sets["retain set, held out"] = (held_out, 0)
     sets |= {name.replace("_", " "): check for name, check in data.checks.items()}
     edits = [small_edits(text, seed) for text in texts.positive]
-    sets |= {f"forget set, {name.replace('_', ' ')}": ([edit[name] for edit in edits], 1) for name in edits[0]}
-    measured = []
+    return sets | {f"forget set, {name.replace('_', ' ')}": ([edit[name] for edit in edits], 1) for name in edits[0]}
+
+
+def _measure(
+    gate: Gate, threshold: float, sets: Mapping[str, tuple[list[str], int]], progress: Progress
+) -> tuple[list[dict[str, Any]], list[tuple[np.ndarray, int]]]:
+    """How often a gate errs on each set; and the scores and label of each but the retain set, which it was taught."""
+    measured, kept = [], []
     for number, (name, (prompts, label)) in enumerate(sets.items()):
         progress("measuring the gate", number, len(sets))
-        flagged = int((np.asarray(gate.score(prompts)) > threshold).sum())
+        scores = np.asarray(gate.score(prompts), dtype=float)
+        flagged = int((scores > threshold).sum())
         errors = len(prompts) - flagged if label else flagged
         measured.append({"data": name, "flag": bool(label), "prompts": len(prompts), "errors": errors})
-    return TrainedGate(gate, threshold, measured)
+        if name != RETAIN_SET:
+            kept.append((scores, label))
+    return measured, kept
 
 
 def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, trained_on: str) -> None:
@@ -127,12 +166,14 @@ def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, tra
         "seed": seed,
         "gate": {"kind": trained.gate.kind, "threshold": trained.threshold},
         **_spec(recipe),
-        "trained": {"digest": trained_on, **({"forget": recipe.data.forget} if recipe.data else {})},
+        "trained": {**trained.about.get("trained", {}), "digest": trained_on, **_subject(recipe)},
+        "tradeoff": trained.about.get("tradeoff", {}),
         "measured": trained.measured,
     }
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     trained.gate.save(beside / "gate")
+    write_card(beside, _title(recipe), document)
     write_text_atomic(beside / PACK, tomli_w.dumps(document))
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -140,6 +181,20 @@ def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, tra
         folder.rename(old)  # at once, where deleting it file by file could leave half a pack
     beside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{recipe.name}: {recipe.data.forget}" if recipe.data else recipe.name
+
+
+def _subject(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's pack forgets: the forget set, what prompts call it, and the data sets on the Hub behind it."""
+    if recipe.data is None:
+        return {}
+    benchmark, forget_set = parse_forget(recipe.data.forget)
+    known = [benchmark, *(benchmarks[name] for name in recipe.data.checks)]
+    hubs = dict.fromkeys(hub for one in known for hub in one.gate_hubs())
+    return {"forget": recipe.data.forget, "targets": list(forget_set.targets), "datasets": list(hubs)}
 
 
 def _spec(recipe: Recipe) -> Mapping[str, Any]:
@@ -151,10 +206,8 @@ def _spec(recipe: Recipe) -> Mapping[str, Any]:
 def _read_pack(folder: Path) -> dict[str, Any]:
     """The tables of a pack; raises InputError for one that is damaged."""
     path = folder / PACK
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a forget pack: {error}") from None
+    check_folder(folder)
+    tables = read_toml(path, "not a forget pack")
     if tables.get("format") != 1:
         raise InputError(f"{path}: found format {tables.get('format')!r}, expected 1")
     gate = tables.get("gate")
@@ -170,9 +223,14 @@ def load_pack(folder: Path) -> Forget:
     tables = _read_pack(folder)
     if "corruption" not in tables:
         raise InputError(f"{folder / PACK}: no [corruption]; add one, with `method` and its parameters")
+    threshold, tokens = tables["gate"]["threshold"], tables.get("tokens", "all")
+    model = tokens.get("model", "spacy/spacy") if isinstance(tokens, dict) else "spacy/spacy"
+    if not isinstance(model, str) or not (HUB_ID.fullmatch(model) or SPACY.fullmatch(model)) or Path(model).exists():
+        raise InputError(
+            f"{folder / PACK}: 'tokens.model': found {model!r:.80}, expected a Hub id or a spaCy model's name"
+        )
     gate = load_gate(folder / "gate", tables["gate"]["kind"])
     try:
-        threshold, tokens = tables["gate"]["threshold"], tables.get("tokens", "all")
         return Forget(gate, tables["corruption"], threshold, tokens, tables.get("seed", 0))
     except InputError as error:
         raise InputError(*(f"{folder / PACK}: {problem}" for problem in error.problems)) from None
@@ -205,21 +263,4 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
             raise InputError(f"{reference}: no [corruption], so there is nothing to guard with")
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
         return make_forget(trained, recipe.tokens, recipe.corruption, recipe.seed)
-    return load_pack(_download(reference))
-
-
-def _download(reference: str) -> Path:
-    """A pack from the Hub, its text and safetensors files only."""
-    reason = out_of_reach(reference, PACK)
-    if reason is not None:
-        raise EcopromptError(
-            f"'{reference}': no such pack folder, and the Hub cannot be reached ({reason}); download the pack where "
-            f"there is a network (`hf download {reference}`)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(reference, allow_patterns=["*.toml", "*.json", "*.safetensors", "*.txt"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise EcopromptError(f"'{reference}': no such pack folder, and not to be had from the Hub: {error}") from error
+    return load_pack(fetch(reference, FILES, PACK, "pack"))

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from ecoprompt.files import read_toml
 from ecoprompt.registry import InputError, Registry, benchmarks, corruptions, describe, gates, nearest, selectors
 from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
 
@@ -52,6 +52,7 @@ class DataTable(Table):
 
     forget: str = Field(description="benchmark and forget set, as in `tofu/forget10`; retain set and gate data follow")
     root: str | None = Field(None, description="folder of local copies of Hub data sets; default: $ECOPROMPT_DATA")
+    checks: list[str] = Field([], description="further benchmarks whose prompts measure the gate, as in `general`")
 
 
 class Calibration(Table):
@@ -112,7 +113,9 @@ class EvaluateTable(Table):
 class Recipe(Table):
     """One experiment. Every command reads its own tables of it."""
 
-    name: str = Field("", pattern=r"^([\w-][\w.-]*)?$", description="names the results; default: the file's name")
+    name: str = Field(
+        "", pattern=r"^([\w-][\w.-]*)?$", max_length=100, description="names the results; default: the file's name"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of samples, gate training and noise")
     model: ModelTable = ModelTable()
     data: DataTable | None = None
@@ -191,14 +194,7 @@ def find_recipe(reference: str) -> Path:
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, and check all of it, every point of its sweep included."""
     path = find_recipe(reference)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path)
     raw.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
     for override in overrides:
         set_key(raw, *parse_override(override))
@@ -351,6 +347,8 @@ def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
         if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
             continue
+        if not benchmarks[name].subsets:
+            problems.append(f"'evaluate.{number}.benchmark': '{name}' has no rows to evaluate, only prompts for gates")
         for other in (entry.get("benchmark") for entry in entries[:number] if isinstance(entry, dict)):
             if (
                 isinstance(other, str)
@@ -362,8 +360,13 @@ def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
             if subset not in benchmarks[name].subsets:
                 hint = nearest(subset, benchmarks[name].subsets)
                 problems.append(f"'evaluate.{number}.limit.{subset}': no such subset of {name}; {hint}")
-    data = raw.get("data")
-    forget = data.get("forget") if isinstance(data, dict) else None
+    data = raw["data"] if isinstance(raw.get("data"), dict) else {}
+    checks = data["checks"] if isinstance(data.get("checks"), list) else []
+    for number, name in enumerate(checks):
+        if isinstance(name, str) and (name not in benchmarks or benchmarks[name].gate is None):
+            known = [known for known, benchmark in benchmarks.items() if benchmark.gate and not benchmark.forget_sets]
+            problems.append(f"'data.checks.{number}': no prompts for gates called '{name}'; {nearest(name, known)}")
+    forget = data.get("forget")
     if isinstance(forget, str):
         name, _, forget_set = forget.partition("/")
         if name not in benchmarks:

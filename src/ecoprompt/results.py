@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
@@ -78,10 +79,11 @@ def key(**parts: Any) -> str:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed."""
-    _write_atomic(path, text.encode())
+    write_bytes_atomic(path, text.encode())
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """As `write_text_atomic`, of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -133,7 +135,7 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
         write_text_atomic(folder / name, text)
     plot = _plot(summary)
     if plot is not None:
-        _write_atomic(folder / "plot.png", plot)
+        write_bytes_atomic(folder / "plot.png", plot)
     return [folder / name for name in (*texts, *(["plot.png"] if plot is not None else []))]
 
 
@@ -183,19 +185,53 @@ def side_by_side(
     return shown
 
 
+def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(rate, low, high): the share of errors and its exact interval (Clopper and Pearson, 1934); NaN of no prompts."""
+    from scipy.stats import beta
+
+    if prompts == 0:
+        return math.nan, math.nan, math.nan
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, errors, prompts - errors + 1)) if errors else 0.0
+    high = float(beta.ppf(1 - tail, errors + 1, prompts - errors)) if errors < prompts else 1.0
+    return errors / prompts, low, high
+
+
+def gate_report(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured of a gate, each set with the `rate` of its errors and the 95 % `interval` of that."""
+    rates = [error_rate(entry["errors"], entry["prompts"]) for entry in measured]
+    return [
+        {**entry, "rate": rate, "interval": [low, high]}
+        for entry, (rate, low, high) in zip(measured, rates, strict=True)
+    ]
+
+
+def gate_cells(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A table of how often a gate errs on each of its data sets, its head first."""
+    cells = [["prompts of", "prompts", "missed", "falsely flagged", "rate", "95 % interval"]]
+    for entry in gate_report(measured):
+        errors = str(entry["errors"])
+        missed, alarms = (errors, "") if entry["flag"] else ("", errors)
+        rate = (
+            [f"{entry['rate']:.2%}", "{:.2%} to {:.2%}".format(*entry["interval"])] if entry["prompts"] else ["–"] * 2
+        )
+        cells.append([str(entry["data"]), str(entry["prompts"]), missed, alarms, *rate])
+    return cells
+
+
 def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table:
     """How often a gate errs on each of its data sets, for the terminal."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=f"gate, threshold {threshold:.4g}", title_justify="left", box=box.SIMPLE_HEAD)
-    shown.add_column("prompts of")
-    for heading in ("prompts", "missed", "falsely flagged", "rate"):
+    head, *rows = gate_cells(measured)
+    shown.add_column(head[0], overflow="fold")
+    for heading in head[1:]:
         shown.add_column(heading, justify="right")
-    for entry in measured:
-        errors, prompts = entry["errors"], entry["prompts"]
-        missed, alarms = (str(errors), "") if entry["flag"] else ("", str(errors))
-        shown.add_row(entry["data"], str(prompts), missed, alarms, f"{errors / prompts:.2%}" if prompts else "–")
+    for name, *cells in rows:
+        shown.add_row(Text(name), *cells)
     return shown
 
 
@@ -262,11 +298,11 @@ def _markdown(summary: Mapping[str, Any]) -> str:
             [f"gate: {name.replace('_', ' ')}", *(number((r.get("gate") or {}).get(name)) for r in runs.values())]
         )
     legend = _legend(summary, _every(summary))
-    parts = [f"# {_title(summary)}", _markdown_table(short), _markdown_table(full), *([legend] if legend else [])]
+    parts = [f"# {_title(summary)}", markdown_table(short), markdown_table(full), *([legend] if legend else [])]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(cells: Sequence[Sequence[str]]) -> str:
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
@@ -278,7 +314,6 @@ def _plot(summary: Mapping[str, Any]) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-
     runs = summary["runs"]
     panels = {name: [_coordinate(run["metrics"].get(name)) for run in runs.values()] for name in _chosen(summary)[:4]}
     panels = {name: points for name, points in panels.items() if not all(map(math.isnan, points))}
@@ -298,6 +333,11 @@ def _plot(summary: Mapping[str, Any]) -> bytes | None:
         axes.set_yticks(range(len(runs)), list(runs), parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """A matplotlib figure as a PNG file."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         # A run's name may hold letters that the font lacks; the plot shows boxes in their place.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ecoprompt.registry import InputError, nearest, show
 
+MOST = 10_000
+"""Combinations of a sweep: each is checked before any is run."""
 SWEPT = ("seed", "model", "gate", "tokens", "corruption", "run")
 
 
@@ -39,6 +42,9 @@ def check_sweep(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"'sweep.{key}': there is no run '{path[1]}'; {nearest(path[1], known)}")
         if not isinstance(values, list) or not values:
             problems.append(f"'sweep.{key}': found {show(values)}, expected a list of at least one value")
+    count = math.prod(len(values) for values in sweep.values() if isinstance(values, list))
+    if count > MOST:
+        problems.append(f"'sweep': found {count} combinations, expected {MOST} at most")
     return problems
 
 

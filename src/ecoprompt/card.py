@@ -1,0 +1,180 @@
+"""The card of a forget pack: what it forgets, how its gate was trained and how often it errs, ready for the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecoprompt.results import gate_cells, gate_report, markdown_table, to_png, write_bytes_atomic, write_text_atomic
+
+CARD, PLOT = "README.md", "tradeoff.png"
+INTRODUCTION = """\
+A forget pack for `ecoprompt`: with it, a language model answers prompts about {subject} as if it had never seen them,
+and every other prompt as ever. No weights are changed: a gate flags prompts, and the embeddings of a flagged prompt's
+tokens are corrupted (Liu et al., *Large Language Model Unlearning via Embedding-Corrupted Prompts*, NeurIPS 2024)."""
+USE = """\
+```sh
+pipx install ecoprompt
+ecoprompt chat --model MODEL --forget ID
+```
+
+```python
+import ecoprompt
+
+with ecoprompt.guard(model, tokenizer, "ID"):
+    model.generate(**tokenizer(prompt, return_tensors="pt"))
+```
+
+ID is this folder, or the name under which it is on the Hub; `hf upload NAME/ID FOLDER` puts it there (add the `license`
+that its training prompts allow to the head of this file first). The pack holds TOML, text and safetensors, and loading
+it runs no code."""
+POOLED = "Over all thresholds; the sets to flag are pooled, and so are the others but the retain set it was trained on."
+LIMITS = """\
+- It is access control, not removal: the model's weights keep the knowledge. Whoever has the weights, or calls the model
+  without the guard, has all of it.
+- The guard does what its gate says. A prompt that the gate misses is answered as ever; the table above says how often
+  that happened on these prompts, and nothing about prompts of another kind: other languages, riddles, a chain of
+  questions of which none asks for what is to be forgotten.
+- It guards one model at a time, and the strength of a corruption that suits one model need not suit another.
+- An odd answer shows that something is being kept back."""
+
+
+def tradeoff(scores: Sequence[tuple[np.ndarray, int]], threshold: float) -> dict[str, list[float]]:
+    """What share of prompts to flag (label 1) a gate would miss and of others falsely flag, by its threshold.
+
+    `scores` are those of several sets with their labels, which are pooled.
+    """
+    pooled = {label: np.concatenate([np.zeros(0), *(one for one, of in scores if of == label)]) for label in (0, 1)}
+    if not len(pooled[0]) or not len(pooled[1]):
+        return {}
+    steps = np.concatenate([[0.0], np.geomspace(1e-4, 1, 40)])
+    spread = [np.quantile(pooled[1], steps), np.quantile(pooled[0], 1 - steps), [0.0, threshold, 1.0]]
+    thresholds = np.unique(np.concatenate(spread))
+    return {
+        "threshold": thresholds.tolist(),
+        "missed": [float((pooled[1] <= one).mean()) for one in thresholds],
+        "falsely_flagged": [float((pooled[0] > one).mean()) for one in thresholds],
+    }
+
+
+def write_card(folder: Path, name: str, pack: Mapping[str, Any]) -> None:
+    """Write README.md and, where matplotlib is installed, tradeoff.png; `pack` are the tables of its forget.toml."""
+    plot = _plot(pack.get("tradeoff", {}), pack["gate"]["threshold"])
+    if plot is not None:
+        write_bytes_atomic(folder / PLOT, plot)
+    write_text_atomic(folder / CARD, f"{_header(name, pack)}\n{_text(name, pack, plot is not None)}")
+
+
+def _header(name: str, pack: Mapping[str, Any]) -> str:
+    """The Hub's metadata in YAML, of which JSON is a part."""
+    results = [
+        {
+            "task": {"type": "text-classification", "name": "prompt gate"},
+            "dataset": {"type": _dataset_type(pack), "name": entry["data"]},
+            "metrics": [
+                {
+                    "type": "false_negative_rate" if entry["flag"] else "false_positive_rate",
+                    "value": entry["rate"],
+                    "name": "missed" if entry["flag"] else "falsely flagged",
+                }
+            ],
+        }
+        for entry in gate_report(pack["measured"])
+        if entry["prompts"]
+    ]
+    metadata = {
+        "library_name": "ecoprompt",
+        "pipeline_tag": "text-classification",
+        "tags": ["ecoprompt", "forget-pack", "machine-unlearning", "embedding-corrupted-prompts"],
+        "datasets": pack["trained"].get("datasets", []),
+        "metrics": ["false_negative_rate", "false_positive_rate"],
+        "model-index": [{"name": name, "results": results}] if results else [],
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _dataset_type(pack: Mapping[str, Any]) -> str:
+    return str(next(iter(pack["trained"].get("datasets", [])), "local"))
+
+
+def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
+    trained, gate = pack["trained"], pack["gate"]
+    subject = f"`{trained['forget']}`" if "forget" in trained else "what its gate was trained for"
+    targets = f": {', '.join(trained['targets'])}" if trained.get("targets") else ""
+    parts = [
+        f"# {name}",
+        INTRODUCTION.format(subject=f"{subject}{targets}"),
+        "## Use",
+        USE,
+        "## What it does",
+        markdown_table([["part", "setting"], *_settings(pack)]),
+        "## How the gate was trained",
+        _training(trained, gate),
+        "## How often it errs",
+        f"At the threshold {gate['threshold']:.6g}. The intervals are exact (Clopper and Pearson, 95 %). The gate was "
+        "trained on the first two sets; no prompt of the others is among its training prompts as it stands.",
+        markdown_table(gate_cells(pack["measured"])) if pack["measured"] else "Not measured.",
+        *([f"![missed against falsely flagged]({PLOT})", POOLED] if plotted else []),
+        "## What it does not protect against",
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(pack: Mapping[str, Any]) -> list[list[str]]:
+    """The forget spec in words: gate, tokens, corruption."""
+    rows = [["gate", f"{pack['gate']['kind']}, threshold {pack['gate']['threshold']:.6g}"]]
+    for part in ("tokens", "corruption"):
+        table = pack.get(part, {})
+        rows.append([part, ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) or "none yet"])
+    return [*rows, ["seed", str(pack["seed"])]]
+
+
+def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+    said = [f"Kind `{gate['kind']}`"]
+    if trained.get("settings"):
+        said.append("with " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in trained["settings"].items()))
+    if "positive" in trained:
+        said.append(f"on {trained['positive']} prompts to flag and {trained['negative']} to let through")
+    if "seconds" in trained:
+        said.append(f"in {trained['seconds']:.1f} seconds")
+    calibration = trained.get("calibration")
+    rule = "The threshold was set by hand."
+    if calibration:
+        rule = (
+            f"The threshold was calibrated on {trained['held_out']} further prompts to let through, which it was not "
+            "trained on (split conformal prediction): a new prompt of their kind is falsely flagged with a probability "
+            f"of at most {calibration['false_positive_rate']:g}."
+        )
+    return f"{', '.join(said)}. {rule}"
+
+
+def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | None:
+    """PNG of missed against falsely flagged; None without matplotlib or without a curve."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not curve:
+        return None
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve["falsely_flagged"], curve["missed"], ".-", color="tab:blue", markersize=4)
+    near = min(range(len(curve["threshold"])), key=lambda place: abs(curve["threshold"][place] - threshold))
+    chosen = curve["falsely_flagged"][near], curve["missed"][near]
+    axes.plot(*chosen, "o", color="tab:red", label=f"threshold {threshold:.4g}")
+    # Both are often far below one per cent, and zero among them: logarithmic, but linear near zero.
+    axes.set_xscale("symlog", linthresh=1e-4)
+    axes.set_yscale("symlog", linthresh=1e-4)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("share falsely flagged")
+    axes.set_ylabel("share missed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return to_png(figure)

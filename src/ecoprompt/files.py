@@ -1,0 +1,175 @@
+"""Reading files that a stranger wrote: inside their folder, bounded in size and depth, and without any code."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ecoprompt.registry import InputError
+
+MOST_TEXT = 1 << 20
+"""Bytes of a recipe, of a pack's forget.toml, of a settings or a config file."""
+MOST_VOCABULARY = 64 << 20
+"""Bytes of a tokenizer's file."""
+MOST_HEADER = 4 << 20
+"""Bytes of a safetensors file's header."""
+DEEPEST = 20
+"""Tables inside tables."""
+CODE = {".bin", ".ckpt", ".dill", ".dll", ".dylib", ".gguf", ".h5", ".joblib", ".mar", ".msgpack", ".npy", ".npz"}
+CODE |= {".onnx", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".py", ".pyc", ".pyd", ".sh", ".so", ".zip"}
+"""Suffixes of what runs or may run when it is opened, or is no part of a pack."""
+CLASSIFIER = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+) + ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
+"""The files of a classifier that are read, and the only ones that are fetched."""
+
+
+def read_text(path: Path, most: int = MOST_TEXT, what: str = "cannot be read") -> str:
+    """The text of a regular file of at most `most` bytes; raises InputError, which begins with `what`, for others."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{path}: {what}: found what is not a regular file")
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path}: {what}: {error.strerror or error}") from None
+    if len(raw) > most:
+        raise InputError(f"{path}: {what}: found more than {most} bytes")
+    try:
+        return raw.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {what}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_toml(path: Path, what: str = "not valid TOML") -> dict[str, Any]:
+    """The tables of a TOML file; raises InputError, which begins with `what`, for one that is not to be read."""
+    text = read_text(path, what=what)
+    long = _long_key(text)
+    if long is not None:
+        raise InputError(f"{path}: {what}: found a key of more than {DEEPEST} steps (at line {long})")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise InputError(f"{path}: {what}: found what is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {what}: {error}") from None
+    problem = _unfit(tables)
+    if problem is not None:
+        raise InputError(f"{path}: {what}: {problem}")
+    return tables
+
+
+def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
+    """The object in a JSON file; raises InputError for one that is not to be read."""
+    try:
+        document = json.loads(read_text(path, most))
+    except RecursionError:
+        raise InputError(f"{path}: found JSON that is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: found no JSON object")
+    return document
+
+
+def _long_key(text: str) -> int | None:
+    """The number of the first line with a dotted key of too many steps: the parser's time grows with their square."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") <= DEEPEST:
+            continue
+        # A quoted part of the line is a value or one step, whatever dots it holds.
+        bare = re.sub(r"\"(?:[^\"\\]|\\.)*\"|'[^']*'", "x", line)
+        if any(run.count(".") > DEEPEST for run in re.findall(r"(?:[\w-]+[ \t]*\.[ \t]*)+", bare)):
+            return number
+    return None
+
+
+def _unfit(tables: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a file: depth, or whole numbers past the 64 bits that TOML has."""
+    level: list[Any] = [tables]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for one in level:
+            inner += one.values() if isinstance(one, dict) else one
+        if any(isinstance(one, int) and not -(2**63) <= one < 2**63 for one in inner):
+            return "found a whole number of more than 64 bits"
+        level = [one for one in inner if isinstance(one, (dict, list))]
+        if not level:
+            return None
+    return "found what is nested too deeply"
+
+
+def check_folder(folder: Path, codeless: bool = True) -> None:
+    """Raises InputError unless `folder` holds files and folders alone, no link that leads out of it, nothing that runs.
+
+    In a snapshot of the Hub's cache, links lead to the files of the same repository. `codeless = False` lets files
+    that may run lie there, unopened, as they do in published classifiers beside their safetensors.
+    """
+    root = _root(folder)
+    for path in _walk(folder):
+        if not path.resolve().is_relative_to(root):
+            raise InputError(f"{path}: found a link that leads out of the folder")
+        if not path.is_dir() and not path.is_file():
+            raise InputError(f"{path}: found what is not a regular file")
+        if codeless and path.suffix.lower() in CODE:
+            raise InputError(f"{path}: found what may hold code, expected TOML, JSON, text and safetensors alone")
+
+
+def _root(folder: Path) -> Path:
+    here = folder.resolve()
+    cached = here.parent.name == "snapshots" and here.parents[1].name.startswith(("models--", "datasets--"))
+    return here.parents[1] if cached else here
+
+
+def _walk(folder: Path, most: int = 1000) -> Iterator[Path]:
+    """What is in a folder and its folders; links are not followed, nor is what tools keep in hidden folders."""
+    found = 0
+    waiting = [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            found += 1
+            if found > most:
+                raise InputError(f"{folder}: found more than {most} files, expected a pack or a classifier")
+            if path.is_dir() and not path.is_symlink() and path.name.startswith("."):
+                continue
+            yield path
+            if path.is_dir() and not path.is_symlink():
+                waiting.append(path)
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """The data type and the shape of each tensor of a safetensors file, read off its header alone.
+
+    Raises InputError for a file that is cut off, or whose header claims what the file does not hold.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if 2 <= length <= min(MOST_HEADER, size - 8) else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not header:
+        raise InputError(f"{path}: not a safetensors file, or one that is cut off ({size} bytes)")
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        found = {name: (str(entry["dtype"]), list(map(int, entry["shape"]))) for name, entry in entries.items()}
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not the header of a safetensors file ({type(error).__name__})") from None
+    held = size - 8 - length
+    if max(ends, default=0) != held:
+        raise InputError(f"{path}: its header tells of {max(ends, default=0)} bytes of weights, found {held}")
+    if any(side < 0 for _, shape in found.values() for side in shape):
+        raise InputError(f"{path}: found a tensor with a negative size")
+    return found
