@@ -110,7 +110,22 @@ def test_wrong_usage_exits_2(arguments: list[str], told: str) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("name", [*recipe.shipped(), *(f"recipes/{name}.toml" for name in recipe.shipped())])
+GATES = [name for name in recipe.shipped() if name.startswith("gate-")]
+EXPERIMENTS = [name for name in recipe.shipped() if name not in GATES]
+
+
+@pytest.mark.parametrize("name", [*GATES, *(f"recipes/{name}.toml" for name in GATES)])
+def test_dry_run_of_every_shipped_recipe_of_a_gate(folder: Path, name: str) -> None:
+    result = runner.invoke(app, ["train-classifier", name, "--dry-run"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    printed = tomllib.loads(result.stdout)  # what is no TOML is a comment
+    assert printed["name"] == Path(name).stem
+    for benchmark in (printed["data"]["forget"].partition("/")[0], *printed["data"]["checks"]):
+        assert f"# rows of {benchmark}: " in result.stdout
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"recipes/{name}.toml" for name in EXPERIMENTS)])
 def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     stem = Path(name).stem
     result = runner.invoke(app, ["evaluate", name, "--dry-run"])

@@ -15,7 +15,7 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "files", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "template", "data", "models"]
+    ["registry", "files", "zeroth", "template", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models"]
     + [
         "sources",
         "benchmarks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def fetch(name: str, files: Iterable[str], needed: str, what: str) -> Path:
     reason = out_of_reach(name, needed)
     if reason is not None:
         raise EcopromptError(
-            f"'{name}': no such {what} folder, and the Hub cannot be reached ({reason}); download the {what} where there "
-            f"is a network (`hf download {name}`)"
+            f"'{name}': no such {what} folder, and the Hub cannot be reached ({reason}); download the {what} where "
+            f"there is a network (`hf download {name}`)"
         )
     from huggingface_hub import snapshot_download
 
@@ -99,7 +100,7 @@ def check(folder: Path, labelled: bool = True) -> None:
         if key in ("auto_map", "init_inputs") or key.endswith(("_file", "_files")):
             raise InputError(f"{tokenizer}: '{key}' could make other code run or other files be read")
     if (folder / "tokenizer.json").exists():
-        read_json(folder / "tokenizer.json", MOST_VOCABULARY)
+        _check_patterns(folder / "tokenizer.json", read_json(folder / "tokenizer.json", MOST_VOCABULARY))
     weights = folder / "model.safetensors"
     if not weights.is_file():
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack", ".pt"))
@@ -111,6 +112,20 @@ def check(folder: Path, labelled: bool = True) -> None:
 
 def _instead(found: list[str]) -> str:
     return f" ({', '.join(found[:3])} may hold code and is not opened)" if found else ""
+
+
+def _check_patterns(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Raises InputError for a regular expression that repeats a group: it may take for ever on a text made for it."""
+    waiting: list[Any] = [tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, Mapping):
+            waiting += here.values()
+            pattern = here.get("Regex")
+            if isinstance(pattern, str) and re.search(r"(?<!\\)\)(\+|\*|\{\d*,)", pattern):
+                raise InputError(f"{path}: found the pattern {pattern!r:.60}, which may take for ever to match")
+        elif isinstance(here, list):
+            waiting += here
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any], held: Mapping[str, tuple[str, list[int]]]) -> None:

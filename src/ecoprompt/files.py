@@ -33,39 +33,41 @@ CLASSIFIER = (
 """The files of a classifier that are read, and the only ones that are fetched."""
 
 
-def read_text(path: Path, most: int = MOST_TEXT, what: str = "cannot be read") -> str:
+def read_text(path: Path, most: int = MOST_TEXT, what: str = "") -> str:
     """The text of a regular file of at most `most` bytes; raises InputError, which begins with `what`, for others."""
+    where = f"{path}: {what}"
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise InputError(f"{path}: {what}: found what is not a regular file")
+            raise InputError(f"{where}found what is not a regular file")
         with path.open("rb") as file:
             raw = file.read(most + 1)
     except OSError as error:
-        raise InputError(f"{path}: {what}: {error.strerror or error}") from None
+        raise InputError(f"{where}cannot be read ({error.strerror or error})") from None
     if len(raw) > most:
-        raise InputError(f"{path}: {what}: found more than {most} bytes")
+        raise InputError(f"{where}found more than {most} bytes")
     try:
         return raw.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: {what}: not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{where}not UTF-8 text (byte {error.start})") from None
 
 
-def read_toml(path: Path, what: str = "not valid TOML") -> dict[str, Any]:
+def read_toml(path: Path, what: str = "") -> dict[str, Any]:
     """The tables of a TOML file; raises InputError, which begins with `what`, for one that is not to be read."""
     text = read_text(path, what=what)
+    where = f"{path}: {what or 'not valid TOML: '}"
     long = _long_key(text)
     if long is not None:
-        raise InputError(f"{path}: {what}: found a key of more than {DEEPEST} steps (at line {long})")
+        raise InputError(f"{where}found a key of more than {DEEPEST} steps (at line {long})")
     try:
         tables = tomllib.loads(text)
     except RecursionError:
-        raise InputError(f"{path}: {what}: found what is nested too deeply") from None
+        raise InputError(f"{where}found what is nested too deeply") from None
     except ValueError as error:
-        raise InputError(f"{path}: {what}: {error}") from None
+        raise InputError(f"{where}{error}") from None
     problem = _unfit(tables)
     if problem is not None:
-        raise InputError(f"{path}: {what}: {problem}")
+        raise InputError(f"{where}{problem}")
     return tables
 
 

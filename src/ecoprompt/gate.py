@@ -323,7 +323,7 @@ def load_gate(folder: Path, kind: str) -> Gate:
 def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
     """The whole numbers `names` of a saved gate of that kind."""
     path = folder / SETTINGS
-    settings = read_toml(path, "not the settings of a gate")
+    settings = read_toml(path, "not the settings of a gate: ")
     if settings.get("kind") != kind:
         raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
     wrong = [name for name in names if type(settings.get(name)) is not int or not 1 <= settings[name] <= MOST[name]]

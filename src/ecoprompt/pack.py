@@ -207,7 +207,7 @@ def _read_pack(folder: Path) -> dict[str, Any]:
     """The tables of a pack; raises InputError for one that is damaged."""
     path = folder / PACK
     check_folder(folder)
-    tables = read_toml(path, "not a forget pack")
+    tables = read_toml(path, "not a forget pack: ")
     if tables.get("format") != 1:
         raise InputError(f"{path}: found format {tables.get('format')!r}, expected 1")
     gate = tables.get("gate")

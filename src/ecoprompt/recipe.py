@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from ecoprompt.files import read_toml
 from ecoprompt.registry import InputError, Registry, benchmarks, corruptions, describe, gates, nearest, selectors
 from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
+from ecoprompt.template import template_names
 
 
 class Table(BaseModel):
@@ -331,6 +332,10 @@ def _check_runs(raw: Mapping[str, Any]) -> list[str]:
         if run.get("forget") is True and "data" not in raw and isinstance(gate, dict) and "classifier" not in gate:
             lacking = "neither [data] forget nor [gate] classifier"
             problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is {lacking}")
+        try:
+            template_names(run["prefix"]) if isinstance(run.get("prefix"), str) else None
+        except InputError as error:
+            problems.append(f"'run.{name}.prefix': {error}")
         if "corruption" in run and run.get("forget", False) is False:
             problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
     return problems
