@@ -30,9 +30,11 @@ with ecoprompt.guard(model, tokenizer, "ID"):
 ```
 
 ID is this folder, or the name under which it is on the Hub; `hf upload NAME/ID FOLDER` puts it there (add the `license`
-that its training prompts allow to the head of this file first). The pack holds TOML, text and safetensors, and loading
-it runs no code."""
-POOLED = "Over all thresholds; the sets to flag are pooled, and so are the others but the retain set it was trained on."
+that its training prompts allow to the head of this file first). The pack holds TOML, JSON, text and safetensors,
+and loading it runs no code."""
+POOLED = """\
+Over all thresholds; the sets to flag are pooled, and so are the others, but for the retain set that it was trained on,
+if there is another."""
 LIMITS = """\
 - It is access control, not removal: the model's weights keep the knowledge. Whoever has the weights, or calls the model
   without the guard, has all of it.

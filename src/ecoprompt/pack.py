@@ -141,15 +141,17 @@ def _sets(texts: GateTexts, held_out: list[str], data: GateData, seed: int) -> d
 def _measure(
     gate: Gate, threshold: float, sets: Mapping[str, tuple[list[str], int]], progress: Progress
 ) -> tuple[list[dict[str, Any]], list[tuple[np.ndarray, int]]]:
-    """How often a gate errs on each set; and the scores and label of each but the retain set, which it was taught."""
+    """How often a gate errs on each set; and the scores and label of each, without the retain set that it was taught
+    if there is another set to let through."""
     measured, kept = [], []
+    alone = sum(label == 0 for _, label in sets.values()) == 1
     for number, (name, (prompts, label)) in enumerate(sets.items()):
         progress("measuring the gate", number, len(sets))
         scores = np.asarray(gate.score(prompts), dtype=float)
         flagged = int((scores > threshold).sum())
         errors = len(prompts) - flagged if label else flagged
         measured.append({"data": name, "flag": bool(label), "prompts": len(prompts), "errors": errors})
-        if name != RETAIN_SET:
+        if name != RETAIN_SET or alone:
             kept.append((scores, label))
     return measured, kept
 
