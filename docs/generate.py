@@ -16,6 +16,7 @@ from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
 from ecoprompt.recipe import OPEN, Recipe, shipped
 from ecoprompt.registry import Registry, aggregates, benchmarks, metrics
+from ecoprompt.sources import GateTexts
 from ecoprompt.sweep import SWEPT
 
 DOCS = Path(__file__).parent
@@ -107,6 +108,12 @@ def measures_page() -> str:
     ]
     for name in benchmarks:
         parts += _benchmark(benchmarks[name])
+    parts += [
+        "## Published gates",
+        "The authors of the paper publish ten gates, RoBERTa classifiers with the labels `LABEL_0` and `LABEL_1` (to "
+        "forget). A recipe takes one with `[gate] classifier` and a threshold; a folder of the same layout will do.",
+        table(["gate", "forget set", "threshold"], _published()),
+    ]
     parts += ["## Metrics", "One value for each row.", table(["metric", "reads", "better", "value"], _metric_rows())]
     parts += ["## Aggregates", "One value for each run, made of its rows' values."]
     rows = [
@@ -131,7 +138,8 @@ def measures_page() -> str:
 
 
 def _benchmark(benchmark: Benchmark) -> list[str]:
-    source = f"Hub data set `{benchmark.hub}`" if benchmark.hub else "Files that come with the package"
+    source = "Files that come with the package" if benchmark.folder else "Local files"
+    source = f"Hub data set `{benchmark.hub}`" if benchmark.hub else source
     sets = [
         [f"`{benchmark.name}/{name}`", str(len(one.targets)), _count(benchmark, name), f"`{one.retain}`"]
         for name, one in benchmark.forget_sets.items()
@@ -147,23 +155,57 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         ]
         for name, subset in benchmark.subsets.items()
     ]
-    parts = [
-        f"## Benchmark {benchmark.name}",
-        f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.",
-        table(["forget set", "targets", "rows", "retain set"], sets),
-        table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets),
-        f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.",
+    parts = [f"## Benchmark {benchmark.name}"]
+    if subsets:
+        parts.append(f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.")
+    elif sets:
+        parts.append(f"{benchmark.title}. For gates: it has no rows to evaluate.")
+    else:
+        parts.append(f"{benchmark.title}. What no gate should flag: `[data] checks` measures a gate on it.")
+    if sets:
+        parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
+    if subsets:
+        parts.append(table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets))
+        parts.append(f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.")
+    return [*parts, *_gate_sources(benchmark)]
+
+
+def _gate_sources(benchmark: Benchmark) -> list[str]:
+    """What trains and tests a gate for a benchmark, and the published gates."""
+    gate = benchmark.gate
+    if gate is None:
+        return []
+    rows = [["learned, to flag", *_texts(benchmark, one)] for one in gate.positive]
+    rows += [["learned, to let through", *_texts(benchmark, one)] for one in gate.negative]
+    for name, check in gate.checks.items():
+        wanted = "to flag" if check.label else "to let through"
+        rows.append([f"{name.replace('_', ' ')}, {wanted}", *_texts(benchmark, check)])
+    return [table(["prompts of a gate", "data set", "rows", "prompt"], rows)]
+
+
+def _texts(benchmark: Benchmark, texts: GateTexts) -> list[str]:
+    """Data set, rows and prompt of a gate's source in words."""
+    hub = benchmark.hub if texts.hub is None else texts.hub
+    split = texts.split or (benchmark.split if benchmark.split != "train" else None)
+    local = texts.local or benchmark.local
+    place = ", ".join(f"`{part}`" for part in (hub, texts.config, split) if part) if hub else f"local `{local}`"
+    if benchmark.folder:
+        place = f"`{texts.config or texts.split}`"
+    rows = [] if texts.rows == "all" else [texts.rows]
+    rows += [f"the first {texts.first}"] if texts.first else []
+    rows += [f"{texts.sample[0]} to {texts.sample[1]} in random order"] if texts.sample else []
+    prompt = f"column `{texts.field}`" if texts.field else f"`{texts.prompt}`" if texts.prompt else "the benchmark's"
+    return [place, ", ".join(rows) or "all", prompt.replace("\n", "\\n")]
+
+
+def _published() -> list[list[str]]:
+    """The published gates of all forget sets, with the threshold of their authors."""
+    return [
+        [f"`{hub}`", f"`{benchmark.name}/{name}`", f"{threshold:g}"]
+        for benchmark in benchmarks.values()
+        for name, forget_set in benchmark.forget_sets.items()
+        for hub, threshold in forget_set.published.items()
     ]
-    if benchmark.gate:
-        positive, negative = (
-            ", ".join(f"`{texts.config}`" for texts in part)
-            for part in (benchmark.gate.positive, benchmark.gate.negative)
-        )
-        checks = ", ".join(f"`{check.config}` ({check.field})" for check in benchmark.gate.checks.values())
-        parts.append(
-            f"A gate is trained to flag {positive} and to let {negative} through; it is also measured on {checks}."
-        )
-    return parts
 
 
 def _count(benchmark: Benchmark, forget_set: str) -> str:

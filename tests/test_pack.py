@@ -21,6 +21,7 @@ from ecoprompt.cli import app
 from ecoprompt.gate import transformer
 from ecoprompt.pack import PACK, TrainedGate, load_forget, obtain_gate, save_pack, train_classifier
 from ecoprompt.recipe import load_recipe
+from ecoprompt.registry import benchmarks
 from ecoprompt.results import error_rate, gate_cells, gate_report
 
 SMALL = ["gate.features=4096", "gate.edits=false"]
@@ -32,6 +33,12 @@ PUBLISHED = {
     "chrisliu298/bbc_news_classifier": "gate-news",
     "chrisliu298/hp_book_classifier": "gate-book",
 }
+
+
+def test_the_published_classifiers_are_declared():
+    declared = [one for b in benchmarks.values() for forget in b.forget_sets.values() for one in forget.published]
+    assert sorted(declared) == sorted(PUBLISHED)
+    assert benchmarks["tofu"].forget_set("forget10").published == {"chrisliu298/tofu_forget10_classifier": 0.9999}
 
 
 def binomial_tail(n, k, p):

@@ -78,13 +78,15 @@ class ForgetSet(Named):
     """What is to be forgotten: the name of its retain set, and what a prompt calls its contents.
 
     In a data set that mixes both, `where` gives the values of columns that rows to forget have, and `neighbours`
-    those of the rows that are most like them and are to be kept.
+    those of the rows that are most like them and are to be kept. `published` are gates on the Hub, with the thresholds
+    that their authors use.
     """
 
     retain: str
     targets: Texts = ()
     where: dict[str, Texts] = {}
     neighbours: dict[str, Texts] = {}
+    published: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
 
 
 class Reading(Table):
