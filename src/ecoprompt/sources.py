@@ -93,19 +93,18 @@ class Reading(Table):
     """Some rows of one data set; what is None follows the benchmark.
 
     `rows` are those of the forget set's `where`, of its `neighbours`, the `others`, or both of these (`retain`);
-    `first` takes that many from the start, `sample` those from one place to another of a fixed random order. `rename`
-    gives columns of a local copy their names on the Hub, `values` are columns that every row gets. An empty `hub`
-    says that a local copy is all there is.
+    `first` takes that many from the start, `sample` those from one place to another of a fixed random order. `values`
+    are columns that every row gets. An empty `hub` says that a local copy is all there is.
     """
 
     hub: str | None = None
+    folder: str | None = None
     config: Config | None = None
     split: str | None = None
     local: Local | None = None
     rows: Literal["all", "forget", "retain", "neighbours", "others"] = "all"
     first: Annotated[int, Field(ge=1)] | None = None
     sample: Annotated[tuple[Place, Place], Field(strict=False)] | None = None
-    rename: dict[str, str] = {}
     values: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -155,9 +154,8 @@ def read(source: Source, reading: Reading, forget_set: ForgetSet | None, root: P
         taken = sorted(random.Random(_ORDER).sample(taken, len(taken))[start:end])
     if len(taken) < len(rows):
         rows = rows.take(taken)
-    if reading.rename or reading.values:
-        names = reading.rename
-        rows[:] = [{names.get(key, key): value for key, value in row.items()} | reading.values for row in rows]
+    if reading.values:
+        rows[:] = [{**row, **reading.values} for row in rows]
     return rows
 
 
