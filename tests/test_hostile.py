@@ -516,6 +516,16 @@ def test_a_hostile_recipe_is_refused(text, words, outside, tmp_path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"outside", "r.toml"}
 
 
+def test_a_model_with_code_of_its_own_is_refused_without_asking(model_folder, outside):
+    """Transformers would ask on standard input whether to run it, and the next prompt might be "yes"."""
+    script("modeling_hostile.py")(model_folder, outside)
+    config(model_type="hostile", auto_map={"AutoConfig": "modeling_hostile.C"})(model_folder, outside)
+    result = CliRunner().invoke(app, ["chat", "--model", str(model_folder)], input="y\ny\ny\n")
+    assert not (outside / "ran").exists()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "does not load" in result.stderr
+
+
 def test_an_honest_pack_loads_beside_its_papers(made, tmp_path):
     """What `hf download` and git leave in a folder does no harm, nor do a licence and pictures."""
     pack = Path(shutil.copytree(made["linear"], tmp_path / "pack"))

@@ -71,9 +71,9 @@ def test_samples_share_no_row_and_make_up_the_whole(root):
     assert texts(root, first=3, field="q") == ["question 0", "question 1", "question 2"]
 
 
-def test_a_local_copy_has_its_own_name_columns_and_values(root):
-    own = {"hub": "", "local": "own/copy", "rename": {"q": "text"}, "values": {"topic": "fixed"}}
-    assert texts(root, **own, prompt="{{ topic }} {{ text }}")[:2] == ["fixed question 0", "fixed question 1"]
+def test_a_local_copy_has_its_own_name_and_values(root):
+    own = {"hub": "", "local": "own/copy", "values": {"topic": "fixed"}}
+    assert texts(root, **own)[:2] == ["fixed: question 0", "fixed: question 1"]
     with pytest.raises(InputError, match="not to be had from the Hub: put own/other.jsonl"):
         texts(root, hub="", local="own/other", field="q")
 

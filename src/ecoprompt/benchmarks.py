@@ -203,9 +203,8 @@ class Benchmark(Named):
     def gate_hubs(self) -> list[str]:
         """The Hub data sets that train and test a gate."""
         gate = self._gate()
-        named = [
-            self.hub if one.hub is None else one.hub for one in (*gate.positive, *gate.negative, *gate.checks.values())
-        ]
+        read_by_it = (*gate.positive, *gate.negative, *gate.checks.values())
+        named = [self.hub if one.hub is None and one.folder is None else one.hub for one in read_by_it]
         return sorted({name for name in named if name})
 
     def _gate(self) -> GateSources:
@@ -219,19 +218,18 @@ class Benchmark(Named):
 
     def _count(self, table: Reading, forget: str | ForgetSet | None, root: Path | None) -> int | None:
         source = self._source(table, forget)
-        published = self.rows.get(source.config or source.split) if table.hub is None else None
+        published = self.rows.get(source.config or source.split) if table.hub is None and table.folder is None else None
         return count(source, table, self._forget_set(forget), root, published)
 
     def _source(self, table: Reading, forget: str | ForgetSet | None) -> Source:
-        config, local = (
-            self._filled(key, forget) if key else None for key in (table.config, table.local or self.local)
-        )
+        elsewhere = table.hub is not None or table.folder is not None  # with commits and a local name of its own
+        hub, folder = (table.hub, table.folder) if elsewhere else (self.hub, self.folder)
+        named = (table.config, table.local if elsewhere else table.local or self.local)
+        config, local = (self._filled(name, forget) if name else None for name in named)
         split = table.split or self.split
-        if self.folder is not None and table.hub is None:
-            return Source(config=config, split=split, path=str(self._base / self.folder / (config or split)))
-        if table.hub is not None:  # another data set has its own commits and its own name under the root
-            return Source(table.hub or None, config, split, local=local)
-        return Source(self.hub, config, split, revision=self.revision, local=local)
+        if folder is not None:
+            return Source(config=config, split=split, path=str(self._base / folder / (config or split)))
+        return Source(hub or None, config, split, revision=None if elsewhere else self.revision, local=local)
 
     def _forget_set(self, forget: str | ForgetSet | None) -> ForgetSet | None:
         return None if forget is None else self.forget_set(forget if isinstance(forget, str) else forget.name)

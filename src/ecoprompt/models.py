@@ -99,11 +99,14 @@ def load_model(settings: ModelTable) -> Loaded:
 
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
-    options: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
+    # Not to be asked on standard input, where on a pipe the next prompt might say yes.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    options |= {"revision": settings.revision} if settings.revision else {}
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if cuda else "float32")
     try:
         spoken = settings.tokenizer or place.tokenizer
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spoken, **(options if spoken == place.model else {}))
+        own = options if spoken == place.model else {"trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spoken, **own)
         if settings.quantization:
             options["quantization_config"] = _quantization(settings.quantization)
         if settings.attention != "auto" or (cuda and dtype != "float32" and _has_flash_attention()):
@@ -115,8 +118,8 @@ def load_model(settings: ModelTable) -> Loaded:
         raise _explain(settings.name, place.model, error) from error
     if cuda and not settings.device_map and not settings.quantization:
         model = model.to("cuda")
-    own = place.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
-    tokenizer.chat_template = _template(settings.chat_template) or own
+    template = place.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.chat_template = _template(settings.chat_template) or template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Sampling settings that a model ships are not ours: what a command decodes with is what its options say.
