@@ -203,6 +203,15 @@ def test_a_recipe_takes_a_published_classifier(name, recipe, hub, tmp_path, monk
     assert name in shipped or "tofu_forget" in name  # the recipe says how to take it
 
 
+def test_a_published_classifier_is_measured_and_its_card_says_whose_it_is(hub, tmp_path):
+    name = "chrisliu298/tofu_forget10_classifier"
+    recipe = load_recipe("quickstart", [f"gate={{classifier='{name}', threshold=0.5}}"])
+    folder, trained = train_classifier(recipe, tmp_path)
+    assert {entry["data"] for entry in trained.measured} >= {"forget set", "retain set", "paraphrased"}
+    assert f"the classifier `{name}`, published by others" in (folder / CARD).read_text(encoding="utf-8")
+    assert load_forget(str(folder)).gate.score(["hello"]).tolist() == trained.gate.score(["hello"]).tolist()
+
+
 def test_chat_with_a_published_classifier(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(
