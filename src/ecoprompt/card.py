@@ -140,9 +140,7 @@ def _settings(pack: Mapping[str, Any]) -> list[list[str]]:
 def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
     classifier = trained.get("settings", {}).get("classifier")
     if classifier:
-        return (
-            f"It was not: it is the published classifier `{classifier}`, at a threshold set by hand or calibrated here."
-        )
+        return f"It was not: it is the classifier `{classifier}`, published by others, as it stands."
     said = [f"Kind `{gate['kind']}`"]
     if trained.get("settings"):
         said.append("with " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in trained["settings"].items()))
