@@ -1,8 +1,13 @@
-"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md. `make docs` runs it."""
+"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, and the table in guard.md.
+
+`make docs` runs it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,30 @@ NOTE = "<!-- Made by docs/generate.py from the code: change that and run `make d
 
 def pages() -> dict[str, str]:
     """The text of every generated page, by file name."""
-    return {"commands.md": commands_page(), "recipes.md": recipes_page(), "measures.md": measures_page()}
+    return {
+        "commands.md": commands_page(),
+        "recipes.md": recipes_page(),
+        "measures.md": measures_page(),
+        "guard.md": guard_page(),
+    }
+
+
+def guard_page() -> str:
+    """The page on the guard, with the table of the callers that the tests try."""
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    before, mark, rest = text.partition("<!-- callers, made by docs/generate.py from tests/callers.py -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    spec = importlib.util.spec_from_file_location("callers", DOCS.parent / "tests" / "callers.py")
+    if not mark or not end or spec is None or spec.loader is None:
+        raise LookupError("docs/guard.md has lost the marks around its table, or tests/callers.py is gone")
+    callers = importlib.util.module_from_spec(spec)
+    sys.modules["callers"] = callers  # dataclasses look their module up
+    spec.loader.exec_module(callers)
+    rows = [
+        [one.group, one.name, "refused" if one.refused else "guarded", f"`{one.needs}`" if one.needs else "–"]
+        for one in callers.CALLERS
+    ]
+    return before + mark + table(["by", "call", "", "tried where there is"], rows) + "\n" + end + after
 
 
 def commands_page() -> str:
