@@ -169,7 +169,9 @@ generation("static cache of one's own", past_key_values=static_cache)
 generation("dynamic cache of one's own, empty", past_key_values=empty_cache)
 generation("offloaded cache", cache_implementation="offloaded", needs="a GPU")
 QUANTIZED = {"backend": "quanto", "q_group_size": 8, "residual_length": 4}
-generation("quantized cache", cache_implementation="quantized", cache_config=QUANTIZED, needs="optimum.quanto", slow=True)
+generation(
+    "quantized cache", cache_implementation="quantized", cache_config=QUANTIZED, needs="optimum.quanto", slow=True
+)
 generation(
     "scores and hidden states returned", return_dict_in_generate=True, output_scores=True, output_hidden_states=True
 )
