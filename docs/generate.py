@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from ecoprompt.benchmarks import Benchmark
+from ecoprompt.benchmarks import Benchmark, Subset
 from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
@@ -171,7 +171,7 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"`{name}`{' (forget set)' if subset.forget else ''}",
             f"`{subset.config}`" if subset.config else "–",
             str(counts.get(name) or "?"),
-            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()),
+            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _drawn(subset),
         ]
         for name, subset in benchmark.subsets.items()
     ]
@@ -180,8 +180,9 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.",
         table(["forget set", "targets", "rows", "retain set"], sets),
         table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets),
-        f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.",
     ]
+    if benchmark.aggregates:
+        parts.append(f"Aggregates: {_list(benchmark.aggregates)}.")
     if benchmark.gate:
         positive, negative = (
             ", ".join(f"`{texts.config}`" for texts in part)
@@ -192,6 +193,13 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"A gate is trained to flag {positive} and to let {negative} through; it is also measured on {checks}."
         )
     return parts
+
+
+def _drawn(subset: Subset) -> str:
+    """How a subset's sampled answers are drawn."""
+    if subset.samples is None:
+        return ""
+    return f"; {subset.samples} samples, temperature {subset.temperature:g}, top-p {subset.top_p:g}"
 
 
 def _count(benchmark: Benchmark, forget_set: str) -> str:
