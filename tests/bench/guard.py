@@ -1,8 +1,7 @@
 """Times a guarded generation against a plain one, and the gate's share of it, as a Markdown table.
 
 `python tests/bench/guard.py PACK [PACK ...] [--model DIR] [--prompts FILE] [--batch 32] [--tokens 40] [--rounds 5]`.
-FILE
-holds JSON lines with a `question`. Every round asks prompts that the guard has not seen, so that each is gated.
+FILE holds JSON lines with a `question`. No prompt is asked twice, so that each is gated.
 """
 
 from __future__ import annotations
