@@ -1,8 +1,13 @@
-"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md. `make docs` runs it."""
+"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, and the table in guard.md.
+
+`make docs` runs it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from ecoprompt.benchmarks import Benchmark
+from ecoprompt.benchmarks import Benchmark, Subset
 from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
@@ -25,7 +30,30 @@ NOTE = "<!-- Made by docs/generate.py from the code: change that and run `make d
 
 def pages() -> dict[str, str]:
     """The text of every generated page, by file name."""
-    return {"commands.md": commands_page(), "recipes.md": recipes_page(), "measures.md": measures_page()}
+    return {
+        "commands.md": commands_page(),
+        "recipes.md": recipes_page(),
+        "measures.md": measures_page(),
+        "guard.md": guard_page(),
+    }
+
+
+def guard_page() -> str:
+    """The page on the guard, with the table of the callers that the tests try."""
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    before, mark, rest = text.partition("<!-- callers, made by docs/generate.py from tests/callers.py -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    spec = importlib.util.spec_from_file_location("callers", DOCS.parent / "tests" / "callers.py")
+    if not mark or not end or spec is None or spec.loader is None:
+        raise LookupError("docs/guard.md has lost the marks around its table, or tests/callers.py is gone")
+    callers = importlib.util.module_from_spec(spec)
+    sys.modules["callers"] = callers  # dataclasses look their module up
+    spec.loader.exec_module(callers)
+    rows = [
+        [one.group, one.name, "refused" if one.refused else "guarded", f"`{one.needs}`" if one.needs else "–"]
+        for one in callers.CALLERS
+    ]
+    return before + mark + table(["by", "call", "", "tried where there is"], rows) + "\n" + end + after
 
 
 def commands_page() -> str:
@@ -151,7 +179,7 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"`{name}`{' (forget set)' if subset.forget else ''}",
             f"`{subset.config}`" if subset.config else "–",
             str(counts.get(name) or "?"),
-            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()),
+            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _drawn(subset),
         ]
         for name, subset in benchmark.subsets.items()
     ]
@@ -166,7 +194,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
     if subsets:
         parts.append(table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets))
-        parts.append(f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.")
+        if benchmark.aggregates:
+            parts.append(f"Aggregates: {_list(benchmark.aggregates)}.")
     return [*parts, *_gate_sources(benchmark)]
 
 
@@ -206,6 +235,13 @@ def _published() -> list[list[str]]:
         for name, forget_set in benchmark.forget_sets.items()
         for hub, threshold in forget_set.published.items()
     ]
+
+
+def _drawn(subset: Subset) -> str:
+    """How a subset's sampled answers are drawn."""
+    if subset.samples is None:
+        return ""
+    return f"; {subset.samples} samples, temperature {subset.temperature:g}, top-p {subset.top_p:g}"
 
 
 def _count(benchmark: Benchmark, forget_set: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -389,6 +390,13 @@ def test_a_turn_once_flagged_stays_corrupted_in_later_turns(quickstart: Loaded) 
         assert chat.guard.decisions[0].flagged
     lines = [line for line in shown.splitlines() if "· gate" in line]
     assert lines[0].endswith("  · guarded  · gate 1.0000")
+    assert lines[1].endswith("  · guarded  · gate 1.0000")  # it is read with the question before it
+    chat = Chat(quickstart, dataclasses.replace(forget, context=0))
+    with chat:
+        shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
+        assert chat.guard.decisions[0].flagged
+    lines = [line for line in shown.splitlines() if "· gate" in line]
+    assert lines[0].endswith("  · guarded  · gate 1.0000")
     assert lines[1].endswith("  · gate 0.0000")
     assert "guarded" not in lines[1]
 
@@ -472,8 +480,8 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         terminal.until(" ")
         terminal.type("\x03")
         assert "stopped; this turn is not kept" in terminal.until("\n> ")
-        terminal.type(f"{FACT}\n")  # the guard is in order after the stop
-        assert "gate 0.0" in terminal.until("\n> ")
+        terminal.type(f"{FACT}\n")  # the guard is in order after the stop, and reads the flagged question before it
+        assert "guarded" in terminal.until("\n> ")
         terminal.type("/rest\n")
         assert "there is no command /rest; did you mean '/reset'?" in terminal.until("\n> ")
         terminal.type("half a thought\x03")
@@ -482,6 +490,8 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         assert "the conversation is too long" in terminal.until("\n> ")
         terminal.type("/reset\n")
         assert "the conversation starts anew" in terminal.until("\n> ")
+        terminal.type(f"{FACT}\n")
+        assert "gate 0.0" in terminal.until("\n> ")
         terminal.type("\x04")
     finally:
         status = terminal.close()

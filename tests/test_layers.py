@@ -15,10 +15,23 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "files", "zeroth", "template", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models"]
-    + [
+    [
+        "registry",
+        "files",
+        "zeroth",
+        "template",
+        "sweep",
+        "recipe",
+        "corruption",
+        "losses",
+        "metrics",
+        "data",
+        "models",
+        "turns",
         "sources",
         "benchmarks",
+    ]
+    + [
         "results",
         "tokens",
         "gate_training",
@@ -27,6 +40,7 @@ ORDER = (
         "forget",
         "card",
         "pack",
+        "calls",
         "guard",
         "scoring",
         "evaluate",
@@ -35,8 +49,9 @@ ORDER = (
     ]
     + ["sandbox", "chat", "cli"]
 )
-"""DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources` and
-`card` are parts of the module that follows them, `template` of what makes prompts, `files` of what reads a pack."""
+"""DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
+`card`, `turns` and `calls` are parts of modules that follow them, `template` of what makes prompts, `files` of what
+reads a pack."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 
