@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -187,11 +188,6 @@ def _check_size(folder: Path, config: Any) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     needed = sum(weight.numel() for weight in model.parameters())
-    held = 0
-    for _, shape in read_header(folder / "model.safetensors").values():
-        count = 1
-        for side in shape:
-            count *= side
-        held += count
+    held = sum(math.prod(shape) for _, shape in read_header(folder / "model.safetensors").values())
     if needed > held + HEAD or needed > MOST_PARAMETERS:
         raise InputError(f"{folder}: config.json describes {needed} parameters, the weights hold {held}")

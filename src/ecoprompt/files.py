@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -18,8 +18,11 @@ MOST_VOCABULARY = 64 << 20
 """Bytes of a tokenizer's file."""
 MOST_HEADER = 4 << 20
 """Bytes of a safetensors file's header."""
+MOST_DOTS = 500
+"""Dots of a line of TOML."""
 DEEPEST = 20
 """Tables inside tables."""
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 CODE = {".bin", ".ckpt", ".dill", ".dll", ".dylib", ".gguf", ".h5", ".joblib", ".mar", ".msgpack", ".npy", ".npz"}
 CODE |= {".onnx", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".py", ".pyc", ".pyd", ".sh", ".so", ".zip"}
 """Suffixes of what runs or may run when it is opened, or is no part of a pack."""
@@ -56,9 +59,11 @@ def read_toml(path: Path, what: str = "") -> dict[str, Any]:
     """The tables of a TOML file; raises InputError, which begins with `what`, for one that is not to be read."""
     text = read_text(path, what=what)
     where = f"{path}: {what or 'not valid TOML: '}"
-    long = _long_key(text)
-    if long is not None:
-        raise InputError(f"{where}found a key of more than {DEEPEST} steps (at line {long})")
+    # A dotted key ends with its line, and the parser's time grows with the square of its steps.
+    if any(line.count(".") > MOST_DOTS for line in text.split("\n")):
+        raise InputError(
+            f"{where}found a line of more than {MOST_DOTS} dots; break it (a long text needs triple quotes)"
+        )
     try:
         tables = tomllib.loads(text)
     except RecursionError:
@@ -82,18 +87,6 @@ def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path}: found no JSON object")
     return document
-
-
-def _long_key(text: str) -> int | None:
-    """The number of the first line with a dotted key of too many steps: the parser's time grows with their square."""
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.count(".") <= DEEPEST:
-            continue
-        # A quoted part of the line is a value or one step, whatever dots it holds.
-        bare = re.sub(r"\"(?:[^\"\\]|\\.)*\"|'[^']*'", "x", line)
-        if any(run.count(".") > DEEPEST for run in re.findall(r"(?:[\w-]+[ \t]*\.[ \t]*)+", bare)):
-            return number
-    return None
 
 
 def _unfit(tables: dict[str, Any]) -> str | None:
@@ -166,12 +159,14 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         found = {name: (str(entry["dtype"]), list(map(int, entry["shape"]))) for name, entry in entries.items()}
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        sizes = {name: int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not the header of a safetensors file ({type(error).__name__})") from None
+    for name, (dtype, shape) in found.items():
+        small = len(shape) <= 8 and all(0 <= side < 2**48 for side in shape)
+        if not small or dtype not in _BYTES or math.prod(shape) * _BYTES[dtype] != sizes[name]:
+            raise InputError(f"{path}: {name!r:.80}: found {dtype:.20} of {str(shape):.40} in {sizes[name]} bytes")
     held = size - 8 - length
-    if max(ends, default=0) != held:
-        raise InputError(f"{path}: its header tells of {max(ends, default=0)} bytes of weights, found {held}")
-    if any(side < 0 for _, shape in found.values() for side in shape):
-        raise InputError(f"{path}: found a tensor with a negative size")
+    if sum(sizes.values()) != held:
+        raise InputError(f"{path}: its header tells of {sum(sizes.values())} bytes of weights, found {held}")
     return found
