@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _header(name: str, pack: Mapping[str, Any]) -> str:
     results = [
         {
             "task": {"type": "text-classification", "name": "prompt gate"},
-            "dataset": {"type": _dataset_type(pack), "name": entry["data"]},
+            "dataset": {"type": re.sub(r"\W+", "-", entry["data"]), "name": entry["data"]},
             "metrics": [
                 {
                     "type": "false_negative_rate" if entry["flag"] else "false_positive_rate",
@@ -98,10 +99,6 @@ def _header(name: str, pack: Mapping[str, Any]) -> str:
     }
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]
     return "\n".join(["---", *lines, "---", ""])
-
-
-def _dataset_type(pack: Mapping[str, Any]) -> str:
-    return str(next(iter(pack["trained"].get("datasets", [])), "local"))
 
 
 def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
