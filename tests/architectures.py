@@ -53,9 +53,10 @@ QWEN4 = {"ple_layer_ids": [1], "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram
 QWEN4 |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 500, "num_hidden_layers": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 500, "num_hidden_layers": 4, "decoder_config": {"hidden_size_global": 32}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 64}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4},
