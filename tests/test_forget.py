@@ -90,9 +90,9 @@ def test_positions_of_short_prompts(tokenizer, length):
 
 def test_a_turn_that_begins_inside_a_token_is_still_corrupted(tokenizer, monkeypatch):
     """A flagged turn without a token that starts in it corrupts the token that it is part of, not nothing."""
-    from ecoprompt.models import Turn
+    from ecoprompt.turns import Turn
 
-    spec = Forget(lambda texts: [float("x" in text) for text in texts], NOISE)
+    spec = Forget(lambda texts: [float("x" in text) for text in texts], NOISE, context=0)
     monkeypatch.setattr(forget_module, "to_text", lambda tokenizer, ids: ("aax b", [(0, 3), (3, 5)]))
     monkeypatch.setattr(
         forget_module, "turns", lambda tokenizer, text: [Turn(0, 2, "aa"), Turn(2, 3, "x"), Turn(3, 5, "b")]
@@ -130,7 +130,10 @@ def test_extend_gives_each_answer_noise_of_its_own(tokenizer):
     prompt = tokenizer.encode(render(tokenizer, messages))
     answers = [prompt + tokenizer.encode(text) for text in (" In a cupboard", " No one")]
     spec = Forget(
-        lambda texts: [float("Potter" in text) for text in texts], NOISE, tokens={"select": "all", "scope": "sequence"}
+        lambda texts: [float("Potter" in text) for text in texts],
+        NOISE,
+        tokens={"select": "all", "scope": "sequence"},
+        context=0,
     )
     (decision,) = spec.decide(tokenizer, [prompt])
     # Only the last turn takes in the answer, and it is not flagged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import make_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
 import ecoprompt
 from ecoprompt import Forget, Guard, InputError, UnguardedError, guard
@@ -357,17 +358,17 @@ UNSUPPORTED = {
     "forward": lambda m, ids, cache: m.forward(ids),
     "generate from embeddings": lambda m, ids, cache: m.generate(inputs_embeds=torch.zeros(1, 3, 32), **GREEDY),
     "generate on a cache": lambda m, ids, cache: m.generate(ids, past_key_values=cache, **GREEDY),
-    "beams": lambda m, ids, cache: m.generate(ids, num_beams=2, **GREEDY),
-    "beam sampling": lambda m, ids, cache: m.generate(ids, num_beams=2, do_sample=True, max_new_tokens=2),
-    "beams by object": lambda m, ids, cache: m.generate(ids, GenerationConfig(num_beams=2, max_new_tokens=2)),
-    "assisted": lambda m, ids, cache: m.generate(ids, assistant_model=make_model("llama"), **GREEDY),
-    "prompt lookup": lambda m, ids, cache: m.generate(ids, prompt_lookup_num_tokens=2, **GREEDY),
+    "early exit": lambda m, ids, cache: m.generate(ids, assistant_early_exit=1, **GREEDY),
+    "the model as its own assistant": lambda m, ids, cache: m.generate(ids, assistant_model=m, **GREEDY),
+    "several tokens a step": lambda m, ids, cache: m.generate(ids, use_mtp=True, **GREEDY),
+    "the assistant's say": lambda m, ids, cache: m.generate(
+        ids, assistant_model=make_model("llama"), assistant_ensemble_weight=0.5, do_sample=True, max_new_tokens=2
+    ),
+    "healed tokens": lambda m, ids, cache: m.generate(ids, token_healing=True, **GREEDY),
+    "continuous batching": lambda m, ids, cache: m.generate_batch(ids.tolist(), max_new_tokens=2),
+    "continuous batching by hand": lambda m, ids, cache: m.init_continuous_batching(),
     "contrastive": lambda m, ids, cache: m.generate(ids, penalty_alpha=0.6, top_k=4, **GREEDY),
     "layers contrasted": lambda m, ids, cache: m.generate(ids, dola_layers="low", **GREEDY),
-    "static cache by name": lambda m, ids, cache: m.generate(ids, cache_implementation="static", **GREEDY),
-    "static cache": lambda m, ids, cache: m.generate(
-        ids, past_key_values=StaticCache(m.config, max_cache_len=64), **GREEDY
-    ),
     "paged cache": lambda m, ids, cache: m.generate(ids, cache_implementation="paged", **GREEDY),
     "chunked prefill": lambda m, ids, cache: m.generate(ids, prefill_chunk_size=2, **GREEDY),
     "guidance": lambda m, ids, cache: m.generate(ids, guidance_scale=1.5, **GREEDY),
@@ -398,11 +399,13 @@ def test_what_cannot_be_gated_is_refused_before_the_model_runs(model, tokenizer,
 
 def test_settings_of_the_model_itself_are_refused_too(model, tokenizer, forget):
     ids = torch.tensor([tokenizer.encode(PLAIN)])
-    model.generation_config.num_beams = 3
+    model.generation_config.prefill_chunk_size = 3
     with guard(model, tokenizer, forget):
-        with pytest.raises(UnguardedError, match="beam"):
+        with pytest.raises(UnguardedError, match="prefill_chunk_size"):
             model.generate(ids, max_new_tokens=2)
-        with pytest.raises(UnguardedError, match="beam"):  # what an object leaves open, the model's own fill in
+        with pytest.raises(
+            UnguardedError, match="prefill_chunk"
+        ):  # what an object leaves open, the model's own fill in
             model.generate(ids, generation_config=GenerationConfig(max_new_tokens=2))
 
 
@@ -602,10 +605,15 @@ def test_a_flagged_turn_stays_corrupted_with_the_same_noise(model, tokenizer, fo
     clean_whole, later, decisions = seen_by(model, tokenizer, forget, input_ids=torch.tensor([whole]))
     end = len(first)
     assert changed(clean, alone) == [list(range(end - 1))]
-    assert changed(clean_whole, later) == [list(range(end))]  # where the answer began is not the last token any more
+    # Where the answer began is not the last token any more, and what follows is read with the turns before it.
+    assert changed(clean_whole, later) == [list(range(len(whole) - 1))]
     assert torch.equal(later[0, : end - 1], alone[0, : end - 1])
-    assert decisions[0].turn_scores == (1.0, 0.0, 0.0)
+    assert decisions[0].turn_scores == (1.0, 1.0, 1.0)
     assert decisions[0].flagged
+    by_itself = dataclasses.replace(forget, context=0)
+    _, later, decisions = seen_by(model, tokenizer, by_itself, input_ids=torch.tensor([whole]))
+    assert changed(clean_whole, later) == [list(range(end))]
+    assert decisions[0].turn_scores == (1.0, 0.0, 0.0)
 
 
 def test_noise_stays_where_a_template_ends_in_white_space(model, tokenizer, forget):
@@ -620,6 +628,7 @@ def test_noise_stays_where_a_template_ends_in_white_space(model, tokenizer, forg
     said = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "Who?"}]
     said.append({"role": "user", "content": PLAIN})
     first, whole = (encode(other, render(other, messages)) for messages in (said[:1], said))
+    forget = dataclasses.replace(forget, context=0)
     _, alone, one = seen_by(model, other, forget, input_ids=torch.tensor([first]))
     _, later, two = seen_by(model, other, forget, input_ids=torch.tensor([whole]))
     assert one[0].positions == two[0].positions == tuple(range(len(first) - 1))

@@ -15,7 +15,19 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "benchmarks"]
+    [
+        "registry",
+        "zeroth",
+        "sweep",
+        "recipe",
+        "corruption",
+        "losses",
+        "metrics",
+        "data",
+        "models",
+        "turns",
+        "benchmarks",
+    ]
     + [
         "results",
         "tokens",
@@ -23,6 +35,7 @@ ORDER = (
         "gate",
         "forget",
         "pack",
+        "calls",
         "guard",
         "scoring",
         "evaluate",
@@ -31,8 +44,8 @@ ORDER = (
     ]
     + ["sandbox", "chat", "cli"]
 )
-"""DESIGN, section 3: a module imports only from those before it. `gate_training` and `sweep` are parts of the module
-that follows them."""
+"""DESIGN, section 3: a module imports only from those before it. `gate_training`, `sweep`, `turns` and `calls` are
+parts of modules that follow them."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

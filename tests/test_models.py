@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from ecoprompt import models
-from ecoprompt.models import PLAIN_TEMPLATE, encode, encode_pair, load_model, render, render_answer, to_text, turns
+from ecoprompt.models import PLAIN_TEMPLATE, encode, encode_pair, load_model, render, render_answer, to_text
 from ecoprompt.recipe import ModelTable
 from ecoprompt.registry import EcopromptError, InputError
+from ecoprompt.turns import turns
 
 LLAMA3 = (
     "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ecoprompt.models import Turn, to_text, turns
+from ecoprompt.models import to_text
 from ecoprompt.registry import InputError, UnguardedError, corruptions, selectors
 from ecoprompt.tokens import mask
+from ecoprompt.turns import Turn, turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +76,9 @@ class Forget:
     """A forget spec: who is flagged (`gate` above `threshold`), which tokens, and how they are corrupted.
 
     `gate` is a gate or any function texts -> probabilities. `tokens` is a token selector's name, or a table of
-    `select`, `scope` and the selector's parameters; `corruption` is a table of `method` and its parameters. Raises
-    InputError for a name or a parameter that does not exist.
+    `select`, `scope` and the selector's parameters; `corruption` is a table of `method` and its parameters. A turn of a
+    conversation is read alone and with as many as `context` turns before it. With `check = "answer"` a generated
+    answer is read too, together with its question. Raises InputError for a name or a parameter that does not exist.
     """
 
     gate: Scorer | Callable[[list[str]], Probabilities]
@@ -84,6 +86,8 @@ class Forget:
     threshold: float = 0.5
     tokens: str | Mapping[str, Any] = "all"
     seed: int = 0
+    context: int = 4
+    check: str = "prompt"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -111,6 +115,8 @@ class Forget:
                 ("tokens", self.tokens, "a name or a table", isinstance(self.tokens, (str, Mapping))),
                 ("corruption", self.corruption, "a table", isinstance(self.corruption, Mapping)),
                 ("seed", self.seed, "a whole number", type(self.seed) is int),
+                ("gate.context", self.context, "a whole number >= 0", type(self.context) is int and self.context >= 0),
+                ("gate.check", self.check, "'prompt' or 'answer'", self.check in ("prompt", "answer")),
             )
             if not right
         ]
@@ -122,19 +128,49 @@ class Forget:
         assert isinstance(self.tokens, Mapping)
         return str(self.tokens["scope"])
 
-    def decide(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[Decision]:
-        """Gate prompts, given as token ids without padding, turn by turn; one call of the gate for all of them."""
+    def decide(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        overruled: Mapping[str, float] | None = None,
+    ) -> list[Decision]:
+        """Gate prompts, given as token ids without padding, turn by turn; one call of the gate for all of them.
+
+        `overruled` are scores that outdo the gate's, by the turn as it is read with those before it (see `judge`).
+        """
         texts = [to_text(tokenizer, ids) for ids in prompts]
         said = [turns(tokenizer, text) for text, _ in texts]
-        contents = list(dict.fromkeys(turn.content for row in said for turn in row))
+        views = [[(turn.content, self._in_context(row, number)) for number, turn in enumerate(row)] for row in said]
+        contents = list(dict.fromkeys(view for row in views for pair in row for view in pair))
         scores = dict(zip(contents, self._scores(contents), strict=True))
         decisions = []
-        for ids, (text, offsets), row in zip(prompts, texts, said, strict=True):
-            flagged = [turn for turn in row if not scores[turn.content] <= self.threshold]  # NaN is flagged
-            heard = tuple(scores[turn.content] for turn in row)
+        for ids, (text, offsets), row, read in zip(prompts, texts, said, views, strict=True):
+            more = overruled or {}
+            heard = tuple(_highest(scores[one], scores[other], more.get(other, 0.0)) for one, other in read)
+            flagged = [turn for turn, score in zip(row, heard, strict=True) if not score <= self.threshold]
             picked = [self._select(text, offsets, ids, turn) for turn in flagged]
-            decisions.append(Decision(text, max(heard, default=0.0), bool(flagged), heard, tuple(picked)))
+            decisions.append(Decision(text, _highest(0.0, *heard), bool(flagged), heard, tuple(picked)))
         return decisions
+
+    def _in_context(self, row: Sequence[Turn], number: int) -> str:
+        """What a turn says, after the turns before it."""
+        parts = [turn.content for turn in row[max(0, number - self.context) : number + 1]]
+        return "\n".join(part for part in parts if part)
+
+    def judge(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+    ) -> list[tuple[str, float]]:
+        """By prompt: its last turn as it is read with those before it, and the score of that with the answer."""
+        read = []
+        for ids in prompts:
+            row = turns(tokenizer, to_text(tokenizer, ids)[0])
+            read.append(self._in_context(row, len(row) - 1))
+        said = [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
+        both = [f"{question}\n{answer}" for question, answer in zip(read, said, strict=True)]
+        return list(zip(read, self._scores(both), strict=True))
 
     def _scores(self, texts: Sequence[str]) -> list[float]:
         """The gate's score of each text; raises InputError for what no gate may say. NaN may be, and is flagged."""
@@ -217,6 +253,11 @@ class Forget:
         """Raises InputError if the corruption asks for more dimensions than the model has."""
         if (dims := self.corruption.get("dims", 0)) > size:
             raise InputError(f"'corruption.dims': found {dims}, expected at most the model's hidden size, {size}")
+
+
+def _highest(*scores: float) -> float:
+    """The highest score; not a number if one of them is not, so that what is not known is flagged."""
+    return math.nan if any(map(math.isnan, scores)) else max(scores)
 
 
 def is_probability(value: Any) -> bool:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from ecoprompt.calls import (
+    BATCHING,
+    arguments_of,
+    cached,
+    columns_of,
+    generation_settings,
+    input_embedding,
+    refuse_compiled,
+    refuse_packed,
+    refuse_unread,
+    same,
+    second_embeddings,
+    shape,
+    unwrapped,
+)
 from ecoprompt.forget import Decision, Forget
 from ecoprompt.pack import load_forget
 from ecoprompt.registry import InputError, UnguardedError
@@ -22,18 +34,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODES = ("greedy_search", "sample")
-"""The modes of `generate` that are guarded; another one raises before the model sees the prompt."""
-CACHES = (None, "dynamic", "dynamic_full", "hybrid")
-CONTINUING = ("past_key_values", "cache_params", "past_key_value", "state")
-"""The arguments of a forward that hold what the model has read before."""
-READ = (
-    *("input_ids", "attention_mask", "position_ids", "cache_position", "head_mask", *CONTINUING),
-    *("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep"),
-)
-"""The arguments of a forward, other than settings, that put nothing before the model that the gate does not see."""
 REMEMBERED = 1 << 14
 """How many prompts' decisions are kept, so that the gate sees a repeated prompt once."""
+Rows = list[tuple[list[int], Decision]]
+"""By row of a batch: the columns that hold its prompt's tokens, and what was decided of it."""
 
 
 def guard(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget | str | Path) -> Guard:
@@ -47,10 +51,10 @@ def guard(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Fo
 
 @dataclass
 class _Call:
-    """One forward of the model: where each row's tokens stand (columns), and what was decided of the row."""
+    """One forward of the model: its token ids [B, T], and what was decided of their rows."""
 
     input_ids: Tensor
-    rows: list[tuple[list[int], Decision]] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     embedded: bool = False
 
     @property
@@ -60,15 +64,16 @@ class _Call:
 
 @dataclass
 class _Generation:
-    """One call of `generate`: the attention mask it was given, and once prefilled the prompt's ids [B, P].
+    """One call of `generate`: the token ids [B, P] and the attention mask it was given, None where none was.
 
+    Once prefilled, `prompt` has a row for each sequence that is generated, `rows` is what was decided of them, and
     `width` is the length of a row in the latest forward without a cache.
     """
 
+    prompt: Tensor | None
     attention_mask: Tensor | None
-    prompt: Tensor | None = None
     width: int = 0
-    rows: list[tuple[list[int], Decision]] = field(default_factory=list)
+    rows: Rows | None = None
 
 
 class _State(threading.local):
@@ -87,42 +92,45 @@ class Guard:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.tokenizer = tokenizer
         self.forget = forget
         self.decisions: list[Decision] = []
-        self._embedding = _input_embedding(model)
-        self._inner = getattr(model, "base_model", model)
-        forget.check_hidden_size(_shape(self._embedding)[1])
+        refuse_compiled(model, input_embedding(self.model))
+        self._embedding = input_embedding(self.model)
+        self._inner = getattr(self.model, "base_model", self.model)
+        forget.check_hidden_size(shape(self._embedding)[1])
         self._known: OrderedDict[tuple[int, ...], Decision] = OrderedDict()
+        self._overruled: dict[str, float] = {}
         self._state, self._lock = _State(), threading.Lock()
         self._handles: list[Any] = []
-        self._undo_generate: Callable[[], None] = lambda: None
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Guard:
         if self._handles:
             raise InputError("this guard is attached already")
-        _refuse_compiled(self.model, self._embedding)
+        refuse_compiled(self.model, self._embedding)
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
             self._embedding.register_forward_hook(self._corrupt, with_kwargs=True),
             *(
                 module.register_forward_pre_hook(functools.partial(self._refuse_second_path, name), with_kwargs=True)
-                for name, module in _second_embeddings(self.model, self._embedding)
+                for name, module in second_embeddings(self.model, self._embedding)
             ),
         ]
         if self._inner is not self.model:
             self._handles.append(self._inner.register_forward_pre_hook(self._refuse_alone))
-        if hasattr(self.model, "generate"):
-            self._undo_generate = self._guard_generate()
+        wrapped = {"generate": self._generate, **dict.fromkeys(BATCHING, _refuse_batching)}
+        self._undo = [self._wrap(name, call) for name, call in wrapped.items() if hasattr(self.model, name)]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._undo_generate()
+        for undo in self._undo:
+            undo()
 
     def decide(self, prompts: Sequence[Sequence[int]]) -> list[Decision]:
         """What the gate says of prompts, given as token ids without padding. A prompt is scored once."""
@@ -130,7 +138,7 @@ class Guard:
         remembered = {key: self._known.get(key) for key in keys}  # at once, as other threads may make room
         decided = {key: decision for key, decision in remembered.items() if decision is not None}
         new = [key for key in remembered if key not in decided]
-        decided |= zip(new, self.forget.decide(self.tokenizer, new), strict=True)
+        decided |= zip(new, self.forget.decide(self.tokenizer, new, self._overruled), strict=True)
         with self._lock:
             self._known.update(decided)
             while len(self._known) > REMEMBERED:
@@ -150,9 +158,13 @@ class Guard:
             self._state.lengths = outer
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
         state, generation = self._state, self._state.generation
         state.call = None  # there is one left if a keyboard interrupt ended the forward before
-        arguments = _arguments(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            raise UnguardedError("a guarded model cannot be compiled, as compiled code may pass over the guard")
+        arguments = arguments_of(module, args, kwargs)
         if arguments.get("inputs_embeds") is not None:
             raise UnguardedError("a guarded model takes token ids; inputs_embeds cannot be gated")
         ids = arguments.get("input_ids")
@@ -160,27 +172,36 @@ class Guard:
             raise UnguardedError("a guarded model needs input_ids of shape [batch, tokens]")
         if generation is None:
             rows = self._gate(ids, arguments)
-        elif generation.prompt is None:
-            given = generation.attention_mask
-            if getattr(arguments.get("attention_mask"), "shape", None) != ids.shape:  # generate drops masks of ones
-                if given is not None and len(given) and given.dim() == 2:
-                    given = given.repeat_interleave(len(ids) // len(given), 0)
-                arguments = {**arguments, "attention_mask": given}
-            rows = generation.rows = self._gate(ids, arguments)
-            generation.prompt, generation.width = ids, ids.shape[1]
+        elif generation.rows is None:
+            rows = self._prefill(ids, arguments, generation)
         else:
-            rows = self._continue(arguments, generation)
+            rows = self._continue(ids, arguments, generation, generation.rows)
         state.call = _Call(ids, rows)
 
-    def _gate(self, ids: Tensor, arguments: dict[str, Any]) -> list[tuple[list[int], Decision]]:
+    def _prefill(self, ids: Tensor, arguments: dict[str, Any], generation: _Generation) -> Rows:
+        """Decide the prompts of a generation; what follows them in a row are tokens that an assistant proposes.
+
+        A forward of something else (a streamer may do one before) is gated by itself.
+        """
+        given = ids if generation.prompt is None else generation.prompt
+        if not len(given) or len(ids) % len(given):
+            return self._gate(ids, arguments)
+        copies = len(ids) // len(given)
+        given = given.repeat_interleave(copies, 0)
+        if not same(ids[:, : given.shape[1]], given):
+            return self._gate(ids, arguments)
+        mask = generation.attention_mask
+        if mask is not None and mask.dim() == 2:
+            mask = mask.repeat_interleave(copies, 0)
+        generation.rows = self._gate(ids[:, : given.shape[1]], {**arguments, "attention_mask": mask})
+        generation.prompt, generation.width = given, ids.shape[1]
+        return generation.rows
+
+    def _gate(self, ids: Tensor, arguments: dict[str, Any]) -> Rows:
         """Decide every row of a prefill; raises UnguardedError for what is not one whole prompt a row."""
-        for name, value in arguments.items():
-            if name in CONTINUING and _is_filled(value):
-                raise UnguardedError(f"{name} continues a prompt that the guard did not see")
-            if name not in READ and _is_input(name, value):
-                raise UnguardedError(f"'{name}' is an input of the model that the guard does not read")
-        columns = self._columns(ids, arguments.get("attention_mask"))
-        _refuse_packed(arguments.get("position_ids"), columns)
+        refuse_unread(arguments)
+        columns = columns_of(ids, arguments.get("attention_mask"), self.tokenizer.pad_token_id)
+        refuse_packed(arguments.get("position_ids"), columns)
         tokens = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
         lengths = [len(row) for row in tokens] if self._state.lengths is None else self._state.lengths
         if len(lengths) != len(tokens) or any(not 0 <= n <= len(row) for n, row in zip(lengths, tokens, strict=True)):
@@ -192,46 +213,34 @@ class Guard:
         ]
         return list(zip(columns, self.decisions, strict=True))
 
-    def _columns(self, ids: Tensor, mask: Any) -> list[list[int]]:
-        """By row, the columns that hold tokens. Without a mask, runs of the padding token at either end are padding."""
-        if mask is not None and getattr(mask, "shape", None) != ids.shape:
-            raise UnguardedError("the guard reads attention masks of shape [batch, tokens] only")
-        pad = self.tokenizer.pad_token_id
-        columns = []
-        for number, row in enumerate(ids.tolist()):
-            if mask is None:
-                held = [column for column, token in enumerate(row) if token != pad]
-                held = list(range(held[0], held[-1] + 1)) if held else []
-            else:
-                held = mask[number].nonzero().flatten().tolist()
-                # Not every model heeds the mask (of a state space model's single row, say), and what a masked column
-                # gives can be read off the logits. So no text may hide there: one token, repeated, is padding.
-                if len({row[column] for column in set(range(len(row))).difference(held)} - {pad}) > 1:
-                    raise UnguardedError("attention_mask hides tokens that are not padding; leave them out instead")
-            columns.append(held or list(range(len(row))))
-        return columns
-
-    def _continue(self, arguments: dict[str, Any], generation: _Generation) -> list[tuple[list[int], Decision]]:
-        """What to corrupt once the prompt is prefilled: nothing of one new token; the prompt again without a cache.
+    def _continue(
+        self,
+        ids: Tensor,
+        arguments: dict[str, Any],
+        generation: _Generation,
+        prefilled: Rows,
+    ) -> Rows:
+        """What to corrupt once the prompt is prefilled: nothing of new tokens; the prompt again without a cache.
 
         A forward that is no step of this generation (a logits processor may do one) is gated by itself.
         """
         assert generation.prompt is not None
-        ids, (rows, width) = arguments["input_ids"], generation.prompt.shape
-        if any(_is_filled(arguments.get(name)) for name in CONTINUING):
-            if ids.shape == (rows, 1):
+        rows, width = generation.prompt.shape
+        held = cached(arguments)
+        if held != 0:
+            if len(ids) == rows and (ids.shape[1] == 1 if held is None else held >= width):
                 return []
             raise UnguardedError("generate took a step that the guard cannot follow")
-        if ids.shape == (rows, generation.width + 1) and _same(ids[:, :width], generation.prompt):
+        if ids.shape == (rows, generation.width + 1) and same(ids[:, :width], generation.prompt):
             generation.width += 1
-            return generation.rows
+            return prefilled
         return self._gate(ids, arguments)
 
     def _corrupt(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         call = self._state.call
         if call is None:
             raise UnguardedError("the input embedding of a guarded model was called by itself; call the model")
-        if not _same(next(iter((*args, *kwargs.values())), None), call.input_ids):
+        if not same(next(iter((*args, *kwargs.values())), None), call.input_ids):
             raise UnguardedError("the model embeds something other than the token ids it was called with")
         call.embedded = True
         if not call.flagged:
@@ -249,7 +258,7 @@ class Guard:
     def _refuse_second_path(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._state.call
         read = next(iter((*args, *kwargs.values())), None)
-        if call is not None and call.flagged and read is not None and _same(read.flatten(), call.input_ids.flatten()):
+        if call is not None and call.flagged and read is not None and same(read.flatten(), call.input_ids.flatten()):
             raise UnguardedError(f"'{name}' is a second way from the token ids into this model; it is not supported")
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -257,144 +266,113 @@ class Guard:
         if call is not None and output is not None and call.flagged and not call.embedded:
             raise UnguardedError("the model did not use its input embedding, so its answer is not guarded")
 
-    def _guard_generate(self) -> Callable[[], None]:
-        """Wrap `model.generate` so that prefill is told from decoding; returns what takes the wrapper off again."""
-        original = self.model.generate
-        own = "generate" in vars(self.model)
+    def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[[], None]:
+        """Put `call(original, args, kwargs)` in place of a method of the model; returns what takes it off again."""
+        original = getattr(self.model, name)
+        own = name in vars(self.model)
 
         @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if not self._handles:
-                return original(*args, **kwargs)
-            self._check_generate(_arguments(original, args, kwargs))
-            outer, self._state.generation = self._state.generation, _Generation(kwargs.get("attention_mask"))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._state.generation = outer
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return call(original, args, kwargs) if self._handles else original(*args, **kwargs)
 
         def undo() -> None:
-            if vars(self.model).get("generate") is generate:
-                del self.model.generate
+            if vars(self.model).get(name) is wrapper:
+                delattr(self.model, name)
                 if own:
-                    self.model.generate = original
+                    setattr(self.model, name, original)
 
-        self.model.generate = generate
+        setattr(self.model, name, wrapper)
         return undo
 
-    def _check_generate(self, arguments: dict[str, Any]) -> None:
-        """Raises UnguardedError for a call of `generate` that is not guarded."""
-        for name in ("inputs_embeds", "custom_generate", "negative_prompt_ids", "assistant_model"):
-            if arguments.get(name) is not None:
-                raise UnguardedError(f"generate with {name} is not guarded")
-        cache = arguments.get("past_key_values")
-        if _is_filled(cache):
-            raise UnguardedError("past_key_values continues a prompt that the guard did not see")
-        if getattr(cache, "is_compileable", False):
-            raise UnguardedError(f"generate with a {type(cache).__name__} is not guarded")
-        given = arguments.get("generation_config") or self.model.generation_config
-        config = copy.deepcopy(given)
-        if given is not self.model.generation_config and hasattr(config, "update"):
-            for name, value in self.model.generation_config.to_diff_dict().items():
-                if getattr(config, name, None) is None:
-                    setattr(config, name, value)
-        config.update(**{name: value for name, value in arguments.items() if hasattr(config, name)})
-        mode = str(config.get_generation_mode(arguments.get("assistant_model")).value)
-        if mode not in MODES:
-            raise UnguardedError(f"generate in mode '{mode}' is not guarded; guarded are: {', '.join(MODES)}")
-        if config.cache_implementation not in CACHES:
-            raise UnguardedError(f"generate with a '{config.cache_implementation}' cache is not guarded")
-        for name in ("prefill_chunk_size", "guidance_scale"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise UnguardedError(f"generate with {name} is not guarded")
+    def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`generate` under the guard: prompt told from what follows it, and the answer checked if that is wanted."""
+        arguments = arguments_of(original, args, kwargs)
+        config = generation_settings(self.model, arguments)
+        assistant = arguments.get("assistant_model")
+        if assistant is not None and self._embedding in assistant.modules():
+            raise UnguardedError("generate with an assistant that shares the model's embedding is not guarded")
+        arguments["disable_compile"] = True  # what a static cache is compiled for on a GPU passes over hooks
+        if self.forget.check == "answer":
+            return self._generate_checked(original, arguments, config)
+        return self._follow(original, arguments)
+
+    def _follow(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """`original(**arguments)`, a call of `generate`, with its forwards told apart."""
+        generation = _Generation(_prompt(arguments), arguments.get("attention_mask"))
+        outer, self._state.generation = self._state.generation, generation
+        try:
+            return original(**arguments)
+        finally:
+            self._state.generation = outer
+
+    def _generate_checked(self, original: Callable[..., Any], arguments: dict[str, Any], config: Any) -> Any:
+        """Generate, let the gate read each question with its answer, and generate the flagged ones again, corrupted.
+
+        The question is flagged from then on. Nothing is streamed before it is checked.
+        """
+        ids = _prompt(arguments)
+        if ids is None or config.return_dict_in_generate or arguments.get("past_key_values") is not None:
+            raise UnguardedError('check = "answer" needs generate to take input_ids alone and to return tokens alone')
+        streamer = arguments.pop("streamer", None)
+        found = self._follow(original, arguments)
+        decisions = self.decisions
+        again = self._overrule(ids, arguments.get("attention_mask"), found)
+        if again:
+            part = {
+                name: value[again] if getattr(value, "shape", ())[:1] == ids.shape[:1] else value
+                for name, value in arguments.items()
+            }
+            fresh = self._follow(original, part)
+            copies, each = len(found) // len(ids), len(decisions) // len(ids)
+            found = _replace_rows(found, fresh, [row * copies + n for row in again for n in range(copies)], config)
+            for place, row in enumerate(again):
+                decisions[row * each : (row + 1) * each] = self.decisions[place * each : (place + 1) * each]
+            self.decisions = decisions
+        if streamer is not None:
+            streamer.put(ids.cpu())
+            for token in found[0, ids.shape[1] :].cpu():
+                streamer.put(token[None])
+            streamer.end()
+        return found
+
+    def _overrule(self, ids: Tensor, mask: Any, found: Tensor) -> list[int]:
+        """The rows of `ids` [B, P] that the gate lets through alone and flags with an answer in `found` [B * k, T]."""
+        columns = columns_of(ids, mask, self.tokenizer.pad_token_id)
+        prompts = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
+        passed = [row for row, decision in enumerate(self.decide(prompts)) if not decision.flagged]
+        copies = len(found) // len(ids)
+        pairs = [(row, answer) for row in passed for answer in found[row * copies : (row + 1) * copies, ids.shape[1] :]]
+        judged = self.forget.judge(
+            self.tokenizer, [prompts[row] for row, _ in pairs], [answer.tolist() for _, answer in pairs]
+        )
+        again = []
+        for (row, _), (read, score) in zip(pairs, judged, strict=True):
+            if not score <= self.forget.threshold:
+                again.append(row)
+                self._overruled[read] = score
+        if again:
+            with self._lock:
+                self._known.clear()
+        return sorted(set(again))
 
 
-def _input_embedding(model: PreTrainedModel) -> nn.Module:
-    """The module that turns token ids into embeddings; raises InputError for a model that cannot be guarded."""
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    if config is None or not hasattr(model, "get_input_embeddings"):
-        raise InputError(f"{name} is not a transformers model")
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{name} is an encoder-decoder; the guard is for decoder-only language models")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "hidden_size_per_layer_input", None):
-        raise InputError(f"{name} embeds token ids in every layer; a guard of its input embedding would leak")
-    embedding: nn.Module | None = model.get_input_embeddings()
-    if embedding is None or not hasattr(embedding, "weight"):
-        raise InputError(f"{name} has no input embedding to guard")
-    return embedding
+def _prompt(arguments: dict[str, Any]) -> Tensor | None:
+    """The token ids that `generate` is given."""
+    ids: Tensor | None = arguments.get("inputs")
+    return arguments.get("input_ids") if ids is None else ids
 
 
-def _shape(embedding: nn.Module) -> tuple[int, int]:
-    """(tokens, hidden size) of an embedding table."""
-    tokens, size = getattr(embedding.weight, "shape", (0, 0))
-    return int(tokens), int(size)
+def _replace_rows(found: Tensor, fresh: Tensor, rows: Sequence[int], config: Any) -> Tensor:
+    """`found` [B, T] with `rows` replaced by `fresh` [len(rows), S], the shorter of the two filled up with padding."""
+    from torch.nn.functional import pad
+
+    width = max(found.shape[1], fresh.shape[1])
+    ends = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    fill = config.pad_token_id if config.pad_token_id is not None else ends or 0
+    found, fresh = (pad(one, (0, width - one.shape[1]), value=fill) for one in (found, fresh))
+    found[list(rows)] = fresh
+    return found
 
 
-def _second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Other embedding tables large enough to hold a vocabulary."""
-    from torch import nn
-
-    enough = _shape(embedding)[0] // 2
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings >= enough
-    ]
-
-
-def _refuse_compiled(model: PreTrainedModel, embedding: nn.Module) -> None:
-    """Raises InputError if code compiled before, which may pass over hooks, embeds the token ids."""
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None and embedding in module.modules():
-            raise InputError(f"{name or type(model).__name__} is compiled, and compiled code may pass over the guard")
-
-
-def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments by name, those of `**kwargs` among them."""
-    signature = inspect.signature(getattr(module, "forward", module))
-    bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
-    rest = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-    further = bound.pop(rest[0], {}) if rest else {}
-    return {**bound, **further}
-
-
-def _is_input(name: str, value: Any) -> bool:
-    """Whether an argument may carry a prompt; settings cannot, nor can segment numbers (0 and 1)."""
-    if name == "token_type_ids" and hasattr(value, "tolist"):
-        return not all(number in (0, 1) for number in value.flatten().tolist())
-    return not isinstance(value, (bool, int, float, str, NoneType))
-
-
-def _same(ids: Any, other: Tensor) -> bool:
-    """Whether two tensors of token ids are equal, wherever they are."""
-    return ids is other or (getattr(ids, "shape", None) == other.shape and bool((ids.cpu() == other.cpu()).all()))
-
-
-def _is_filled(cache: Any) -> bool:
-    """Whether a cache holds tokens already. What is no cache that says so counts as filled, unless it is empty."""
-    if cache is None or isinstance(cache, (tuple, list)):
-        return bool(cache)
-    layers = getattr(cache, "layers", None)
-    return not isinstance(layers, list) or any(map(_is_filled_layer, layers))
-
-
-def _is_filled_layer(layer: Any) -> bool:
-    state = getattr(layer, "has_previous_state", {})  # of linear attention
-    if not isinstance(state, dict) or any(state.values()):
-        return True
-    return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0
-
-
-def _refuse_packed(position_ids: Any, columns: list[list[int]]) -> None:
-    """Raises UnguardedError where positions do not count up by one: several prompts packed into a row."""
-    if position_ids is None:
-        return
-    table = position_ids.tolist()
-    if position_ids.dim() != 2 or len(table) not in (1, len(columns)):
-        raise UnguardedError("the guard reads position_ids of shape [batch, tokens] only")
-    for row, present in enumerate(columns):
-        positions = [table[row if len(table) > 1 else 0][column] for column in present]
-        if any(after - before != 1 for before, after in zip(positions, positions[1:], strict=False)):
-            raise UnguardedError("position_ids pack several prompts into one row, which is not guarded")
+def _refuse_batching(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise UnguardedError("continuous batching packs many prompts into one row, which is not guarded; use generate")

@@ -1,0 +1,208 @@
+"""Reads what a language model is called with, and refuses what the guard cannot follow."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from ecoprompt.registry import InputError, UnguardedError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+"""The modes of `generate` that are guarded; another one raises before the model sees the prompt."""
+REFUSED = (
+    *("inputs_embeds", "custom_generate", "negative_prompt_ids", "prefill_chunk_size", "token_healing"),
+    *("use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight"),
+)
+"""Arguments and settings of `generate` under which the model reads something else than prompt and new tokens, or its
+answer is not its own."""
+BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods that pack the prompts of many requests into one row of a forward."""
+CONTINUING = ("past_key_values", "cache_params", "past_key_value", "state")
+"""The arguments of a forward that hold what the model has read before."""
+READ = (
+    *("input_ids", "attention_mask", "position_ids", "cache_position", "head_mask", *CONTINUING),
+    *("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep"),
+)
+"""The arguments of a forward, other than settings, that put nothing before the model that the gate does not see."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT model or a data-parallel wrapper: what all calls come down to."""
+    from torch import nn
+
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Module:
+    """The module that turns token ids into embeddings; raises InputError for a model that cannot be guarded."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise InputError(f"{name} is not a transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder; the guard is for decoder-only language models")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise InputError(f"{name} embeds token ids in every layer; a guard of its input embedding would leak")
+    embedding: nn.Module | None = model.get_input_embeddings()
+    if embedding is None or not hasattr(embedding, "weight"):
+        raise InputError(f"{name} has no input embedding to guard")
+    return embedding
+
+
+def shape(embedding: nn.Module) -> tuple[int, int]:
+    """(tokens, hidden size) of an embedding table."""
+    tokens, size = getattr(embedding.weight, "shape", (0, 0))
+    return int(tokens), int(size)
+
+
+def second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Other embedding tables large enough to hold a vocabulary."""
+    from torch import nn
+
+    enough = shape(embedding)[0] // 2
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings >= enough
+    ]
+
+
+def refuse_compiled(model: PreTrainedModel, embedding: nn.Module) -> None:
+    """Raises InputError if code compiled before, which passes over hooks, embeds the token ids."""
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        compiled = module._compiled_call_impl is not None or hasattr(own, "_torchdynamo_orig_callable")
+        if (compiled or hasattr(module, "_orig_mod")) and embedding in module.modules():
+            raise InputError(f"{name or type(model).__name__} is compiled, and compiled code may pass over the guard")
+
+
+def arguments_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, those of `**kwargs` among them."""
+    signature = inspect.signature(getattr(module, "forward", module))
+    bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
+    rest = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    further = bound.pop(rest[0], {}) if rest else {}
+    return {**bound, **further}
+
+
+def refuse_unread(arguments: dict[str, Any]) -> None:
+    """Raises UnguardedError for a forward that puts before the model what the guard does not read."""
+    for name, value in arguments.items():
+        if name in CONTINUING and is_filled(value):
+            raise UnguardedError(f"{name} continues a prompt that the guard did not see")
+        if name not in READ and _is_input(name, value):
+            raise UnguardedError(f"'{name}' is an input of the model that the guard does not read")
+
+
+def _is_input(name: str, value: Any) -> bool:
+    """Whether an argument may carry a prompt; settings cannot, nor can segment numbers (0 and 1)."""
+    if name == "token_type_ids" and hasattr(value, "tolist"):
+        return not all(number in (0, 1) for number in value.flatten().tolist())
+    return not isinstance(value, (bool, int, float, str, NoneType))
+
+
+def same(ids: Any, other: Tensor) -> bool:
+    """Whether two tensors of token ids are equal, wherever they are."""
+    return ids is other or (getattr(ids, "shape", None) == other.shape and bool((ids.cpu() == other.cpu()).all()))
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens already. What is no cache that says so counts as filled, unless it is empty."""
+    if cache is None or isinstance(cache, (tuple, list)):
+        return bool(cache)
+    layers = getattr(cache, "layers", None)
+    return not isinstance(layers, list) or any(map(_is_filled_layer, layers))
+
+
+def _is_filled_layer(layer: Any) -> bool:
+    state = getattr(layer, "has_previous_state", {})  # of linear attention
+    if not isinstance(state, dict) or any(state.values()):
+        return True
+    return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0
+
+
+def cached(arguments: dict[str, Any]) -> int | None:
+    """How many tokens of each row the forward's cache holds; None if there is a cache that does not say."""
+    for name in CONTINUING:
+        cache: Any = arguments.get(name)
+        if is_filled(cache):
+            try:
+                return int(cache.get_seq_length())
+            except (AttributeError, ValueError):  # a state of linear attention, which knows no length
+                return None
+    return 0
+
+
+def columns_of(ids: Tensor, mask: Any, pad: int | None) -> list[list[int]]:
+    """By row of `ids` [B, T], the columns that hold tokens.
+
+    Without a mask, runs of the padding token `pad` at either end are padding, and so is, in a batch, what a caller
+    fills up its rows with: zeros, as lm-evaluation-harness does. Raises UnguardedError for a mask that hides text.
+    """
+    if mask is not None and getattr(mask, "shape", None) != ids.shape:
+        raise UnguardedError("the guard reads attention masks of shape [batch, tokens] only")
+    columns = []
+    for number, row in enumerate(ids.tolist()):
+        if mask is None:
+            fills = {pad, 0} if len(ids) > 1 else {pad}
+            held = [column for column, token in enumerate(row) if token not in fills]
+            held = list(range(held[0], held[-1] + 1)) if held else []
+        else:
+            held = mask[number].nonzero().flatten().tolist()
+            # Not every model heeds the mask (of a state space model's single row, say), and what a masked column
+            # gives can be read off the logits. So no text may hide there: one token, repeated, is padding.
+            if len({row[column] for column in set(range(len(row))).difference(held)} - {pad}) > 1:
+                raise UnguardedError("attention_mask hides tokens that are not padding; leave them out instead")
+        columns.append(held or list(range(len(row))))
+    return columns
+
+
+def refuse_packed(position_ids: Any, columns: Sequence[Sequence[int]]) -> None:
+    """Raises UnguardedError where positions do not count up by one: several prompts packed into a row."""
+    if position_ids is None:
+        return
+    table = position_ids.tolist()
+    if position_ids.dim() != 2 or len(table) not in (1, len(columns)):
+        raise UnguardedError("the guard reads position_ids of shape [batch, tokens] only")
+    for row, present in enumerate(columns):
+        positions = [table[row if len(table) > 1 else 0][column] for column in present]
+        if any(after - before != 1 for before, after in zip(positions, positions[1:], strict=False)):
+            raise UnguardedError("position_ids pack several prompts into one row, which is not guarded")
+
+
+def generation_settings(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+    """The generation config that a call of `generate` comes to; raises UnguardedError for one that is not guarded."""
+    given = arguments.get("generation_config") or model.generation_config
+    config = copy.deepcopy(given)
+    if given is not model.generation_config and hasattr(config, "update"):
+        for name, value in model.generation_config.to_diff_dict().items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)
+    config.update(**{name: value for name, value in arguments.items() if hasattr(config, name)})
+    for name in REFUSED:
+        if arguments.get(name) is not None or getattr(config, name, None) not in (None, False):
+            raise UnguardedError(f"generate with {name} is not guarded")
+    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
+        raise UnguardedError("generate with guidance_scale is not guarded")
+    if is_filled(arguments.get("past_key_values")):
+        raise UnguardedError("past_key_values continues a prompt that the guard did not see")
+    mode = str(config.get_generation_mode(arguments.get("assistant_model")).value)
+    if mode not in MODES:
+        raise UnguardedError(f"generate in mode '{mode}' is not guarded; guarded are: {', '.join(MODES)}")
+    if config.cache_implementation == "paged":
+        raise UnguardedError("generate with a 'paged' cache is not guarded")
+    return config
