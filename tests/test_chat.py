@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -386,6 +387,13 @@ def test_a_turn_once_flagged_stays_corrupted_in_later_turns(quickstart: Loaded) 
         shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
         assert TRUTH not in shown
         assert chat.guard is not None
+        assert chat.guard.decisions[0].flagged
+    lines = [line for line in shown.splitlines() if "· gate" in line]
+    assert lines[0].endswith("  · guarded  · gate 1.0000")
+    assert lines[1].endswith("  · guarded  · gate 1.0000")  # it is read with the question before it
+    chat = Chat(quickstart, dataclasses.replace(forget, context=0))
+    with chat:
+        shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
         assert chat.guard.decisions[0].flagged
     lines = [line for line in shown.splitlines() if "· gate" in line]
     assert lines[0].endswith("  · guarded  · gate 1.0000")

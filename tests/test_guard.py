@@ -684,3 +684,51 @@ def test_guard_is_the_function_whatever_is_imported_first(imports):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["function", "Guard"]
     assert ecoprompt.guard is guard
+
+
+def test_an_answer_that_gives_it_away_is_made_anew(model, tokenizer, keyword_gate):
+    """`check = "answer"`: the gate reads each question with its answer, and a flagged one is corrupted from then on."""
+    texts = [PLAIN, SHORT, SECRET]
+    inputs = batch(tokenizer, texts)
+    width = inputs["input_ids"].shape[1]
+    plain = model.generate(**inputs, **GREEDY)
+    given_away = tokenizer.decode(plain[1, width:], skip_special_tokens=True).strip()
+    seen = []
+
+    def gate(read):
+        seen.extend(read)
+        return [float("Potter" in text or f"{SHORT}\n{given_away}" == text) for text in read]
+
+    forget = Forget(gate=gate, corruption=NOISE, check="answer")
+    with guard(model, tokenizer, forget) as attached, embedded(model) as entered:
+        found = model.generate(**inputs, **GREEDY)
+        decisions = attached.decisions
+        again = model.generate(**inputs, **GREEDY)
+        forced = logits(model, **batch(tokenizer, [SHORT]))
+    assert f"{PLAIN}\n{tokenizer.decode(plain[0, width:], skip_special_tokens=True).strip()}" in seen
+    assert not any(text.startswith(f"{SECRET}\n") for text in seen)  # flagged as it stands
+    assert torch.equal(found[0, : plain.shape[1]], plain[0])
+    assert [decision.flagged for decision in decisions] == [False, True, True]
+    assert torch.equal(again[:, : found.shape[1]], found)
+    assert not torch.equal(forced, logits(model, **batch(tokenizer, [SHORT])))
+    short = torch.tensor([tokenizer.encode(SHORT)])
+    regenerated = entered[GREEDY["max_new_tokens"]]  # the first forward after the first answers
+    assert changed(model.get_input_embeddings()(short), regenerated[:, -short.shape[1] :]) == [
+        list(range(max(short.shape[1] - 1, 1)))
+    ]
+
+
+def test_a_checked_answer_is_streamed_whole(model, tokenizer, keyword_gate):
+    forget = Forget(gate=keyword_gate, corruption=NOISE, check="answer")
+    put = []
+    streamer = SimpleNamespace(put=put.append, end=lambda: put.append(None))
+    inputs = batch(tokenizer, [PLAIN])
+    with guard(model, tokenizer, forget):
+        found = model.generate(**inputs, streamer=streamer, **GREEDY)
+        several = model.generate(**inputs, num_return_sequences=3, do_sample=True, max_new_tokens=3)
+        for refused in ({"return_dict_in_generate": True}, {"past_key_values": DynamicCache()}):
+            with pytest.raises(UnguardedError, match="check"):
+                model.generate(**inputs, **refused, **GREEDY)
+    assert put[-1] is None
+    assert torch.equal(torch.cat([put[0][0], *put[1:-1]]), found[0])
+    assert len(several) == 3

@@ -214,8 +214,9 @@ def _run(
     progress("preparing", 0, 1)
     requests = [_requests(loaded, item, prefix) for item in items]
     guard = None
-    if trained is not None and run.tokens is not None and run.corruption is not None:
-        guard = Guard(loaded.model, loaded.tokenizer, make_forget(trained, run.tokens, run.corruption, run.seed or 0))
+    if trained is not None and run.gate is not None and run.tokens is not None and run.corruption is not None:
+        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
+        guard = Guard(loaded.model, loaded.tokenizer, spec)
     with guard or nullcontext():
         decisions = guard.decide([encode(loaded.tokenizer, prompt) for prompt, _ in requests]) if guard else None
         asked: list[Asked] = []

@@ -158,18 +158,14 @@ class Forget:
         return "\n".join(part for part in parts if part)
 
     def judge(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]],
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], answers: Sequence[str]
     ) -> list[tuple[str, float]]:
         """By prompt: its last turn as it is read with those before it, and the score of that with the answer."""
         read = []
         for ids in prompts:
             row = turns(tokenizer, to_text(tokenizer, ids)[0])
             read.append(self._in_context(row, len(row) - 1))
-        said = [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
-        both = [f"{question}\n{answer}" for question, answer in zip(read, said, strict=True)]
+        both = [f"{question}\n{answer}" for question, answer in zip(read, answers, strict=True)]
         return list(zip(read, self._scores(both), strict=True))
 
     def _scores(self, texts: Sequence[str]) -> list[float]:

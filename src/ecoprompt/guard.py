@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,7 @@ class Guard:
         if self._handles:
             raise InputError("this guard is attached already")
         refuse_compiled(self.model, self._embedding)
+        _drop_compiled()
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
@@ -132,6 +134,7 @@ class Guard:
         self._handles = []
         for undo in self._undo:
             undo()
+        _drop_compiled()
 
     def decide(self, prompts: Sequence[Sequence[int]]) -> list[Decision]:
         """What the gate says of prompts, given as token ids without padding. A prompt is scored once."""
@@ -159,12 +162,8 @@ class Guard:
             self._state.lengths = outer
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        import torch
-
         state, generation = self._state, self._state.generation
         state.call = None  # there is one left if a keyboard interrupt ended the forward before
-        if torch.compiler.is_compiling():
-            raise UnguardedError("a guarded model cannot be compiled, as compiled code may pass over the guard")
         arguments = arguments_of(module, args, kwargs)
         if arguments.get("inputs_embeds") is not None:
             raise UnguardedError("a guarded model takes token ids; inputs_embeds cannot be gated")
@@ -317,7 +316,7 @@ class Guard:
         streamer = arguments.pop("streamer", None)
         found = self._follow(original, arguments)
         decisions = self.decisions
-        again = self._overrule(ids, arguments.get("attention_mask"), found)
+        again = self._refuted(ids, arguments.get("attention_mask"), found)
         if again:
             part = {
                 name: value[again] if getattr(value, "shape", ())[:1] == ids.shape[:1] else value
@@ -336,25 +335,34 @@ class Guard:
             streamer.end()
         return found
 
-    def _overrule(self, ids: Tensor, mask: Any, found: Tensor) -> list[int]:
+    def _refuted(self, ids: Tensor, mask: Any, found: Tensor) -> list[int]:
         """The rows of `ids` [B, P] that the gate lets through alone and flags with an answer in `found` [B * k, T]."""
         columns = columns_of(ids, mask, self.tokenizer.pad_token_id)
         prompts = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
-        passed = [row for row, decision in enumerate(self.decide(prompts)) if not decision.flagged]
         copies = len(found) // len(ids)
-        pairs = [(row, answer) for row in passed for answer in found[row * copies : (row + 1) * copies, ids.shape[1] :]]
-        judged = self.forget.judge(
-            self.tokenizer, [prompts[row] for row, _ in pairs], [answer.tolist() for _, answer in pairs]
-        )
-        again = []
-        for (row, _), (read, score) in zip(pairs, judged, strict=True):
-            if not score <= self.forget.threshold:
-                again.append(row)
-                self._overruled[read] = score
-        if again:
-            with self._lock:
+        rows = [row for row, one in enumerate(self.decide(prompts)) if not one.flagged for _ in range(copies)]
+        places = [row * copies + number % copies for number, row in enumerate(rows)]
+        answers = [self.tokenizer.decode(found[n, ids.shape[1] :], skip_special_tokens=True).strip() for n in places]
+        refuted = self.overrule([prompts[row] for row in rows], answers)
+        return sorted({row for row, flagged in zip(rows, refuted, strict=True) if flagged})
+
+    def overrule(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[bool]:
+        """Which prompts the gate flags when it reads them with these answers; from now on they are flagged alone."""
+        judged = self.forget.judge(self.tokenizer, prompts, answers)
+        flagged = {read: score for read, score in judged if not score <= self.forget.threshold}
+        with self._lock:
+            self._overruled |= flagged
+            if flagged:
                 self._known.clear()
-        return sorted(set(again))
+        return [read in flagged for read, _ in judged]
+
+
+def _drop_compiled() -> None:
+    """Have compiled code made anew when it is called next: hooks that came or went since would be passed over."""
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch.compiler.reset()
 
 
 def _prompt(arguments: dict[str, Any]) -> Tensor | None:

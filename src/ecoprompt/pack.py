@@ -39,7 +39,7 @@ def train_classifier(recipe: Recipe, output: Path = OUTPUT, progress: Progress =
     folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
     data = _gate_data(recipe)
     trained = _train(recipe.gate, data, recipe.seed, progress)
-    save_pack(folder, recipe, trained, recipe.seed, digest(recipe.gate, recipe.seed, vars(data)))
+    save_pack(folder, recipe, trained, recipe.seed, _trained_on(recipe.gate, recipe.seed, data))
     return folder, trained
 
 
@@ -51,7 +51,7 @@ def obtain_gate(
     if table.parameters.get("classifier") is not None and not isinstance(table.threshold, Calibration):
         return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [])
     data = _gate_data(recipe)
-    trained_on = digest(table, seed, vars(data))
+    trained_on = _trained_on(table, seed, data)
     folder = pack_folder(recipe, table, seed, output)
     if (folder / PACK).is_file():
         try:
@@ -59,7 +59,8 @@ def obtain_gate(
             if stored["trained"]["digest"] == trained_on:
                 gate = load_gate(folder / "gate", stored["gate"]["kind"])
                 trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"])
-                if _spec(recipe) != {name: stored[name] for name in SPEC if name in stored}:
+                spec = {name: stored[name] for name in SPEC if name in stored}
+                if _spec(recipe) != spec or _reading(table).items() - stored["gate"].items():
                     save_pack(folder, recipe, trained, seed, trained_on)
                 return trained
         except (InputError, KeyError, TypeError):  # damaged, so it is made again
@@ -68,6 +69,16 @@ def obtain_gate(
     with contextlib.suppress(PermissionError):  # a chat in a folder that cannot be written trains it each time
         save_pack(folder, recipe, trained, seed, trained_on)
     return trained
+
+
+def _reading(table: GateTable) -> dict[str, Any]:
+    """How a gate is used, whatever it was trained on."""
+    return table.model_dump(include={"context", "check"})
+
+
+def _trained_on(table: GateTable, seed: int, data: GateData) -> str:
+    """A digest of all that determines a gate and its threshold."""
+    return digest(table.model_dump(mode="json", exclude={"context", "check"}), seed, vars(data))
 
 
 def pack_folder(recipe: Recipe, table: GateTable, seed: int, output: Path = OUTPUT) -> Path:
@@ -125,7 +136,7 @@ def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, tra
     document = {
         "format": 1,
         "seed": seed,
-        "gate": {"kind": trained.gate.kind, "threshold": trained.threshold},
+        "gate": {"kind": trained.gate.kind, "threshold": trained.threshold, **_reading(recipe.gate)},
         **_spec(recipe),
         "trained": {"digest": trained_on, **({"forget": recipe.data.forget} if recipe.data else {})},
         "measured": trained.measured,
@@ -172,13 +183,17 @@ def load_pack(folder: Path) -> Forget:
         raise InputError(f"{folder / PACK}: no [corruption]; add one, with `method` and its parameters")
     gate = load_gate(folder / "gate", tables["gate"]["kind"])
     try:
-        threshold, tokens = tables["gate"]["threshold"], tables.get("tokens", "all")
-        return Forget(gate, tables["corruption"], threshold, tokens, tables.get("seed", 0))
+        read = {name: tables["gate"][name] for name in ("threshold", "context", "check") if name in tables["gate"]}
+        return Forget(
+            gate, tables["corruption"], tokens=tables.get("tokens", "all"), seed=tables.get("seed", 0), **read
+        )
     except InputError as error:
         raise InputError(*(f"{folder / PACK}: {problem}" for problem in error.problems)) from None
 
 
-def make_forget(trained: TrainedGate, tokens: TokensTable, corruption: CorruptionTable, seed: int) -> Forget:
+def make_forget(
+    trained: TrainedGate, gate: GateTable, tokens: TokensTable, corruption: CorruptionTable, seed: int
+) -> Forget:
     """The forget spec of a recipe's tables."""
     return Forget(
         trained.gate,
@@ -186,6 +201,7 @@ def make_forget(trained: TrainedGate, tokens: TokensTable, corruption: Corruptio
         trained.threshold,
         {"select": tokens.select, "scope": tokens.scope, **tokens.parameters},
         seed,
+        **_reading(gate),
     )
 
 
@@ -204,7 +220,7 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         if recipe.corruption is None:
             raise InputError(f"{reference}: no [corruption], so there is nothing to guard with")
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
-        return make_forget(trained, recipe.tokens, recipe.corruption, recipe.seed)
+        return make_forget(trained, recipe.gate, recipe.tokens, recipe.corruption, recipe.seed)
     return load_pack(_download(reference))
 
 

@@ -71,6 +71,12 @@ class GateTable(Table):
     threshold: Annotated[float, Field(ge=0, le=1)] | Calibration = Field(
         0.5, description="a prompt is flagged above it; or a table with `calibrate`"
     )
+    context: Annotated[int, Field(ge=0)] = Field(
+        4, description="how many turns before it a turn of a conversation is read with as well"
+    )
+    check: Literal["prompt", "answer"] = Field(
+        "prompt", description="`answer`: a generated answer is read too, with its question, and made anew if flagged"
+    )
     parameters: dict[str, Any] = {}
 
 
