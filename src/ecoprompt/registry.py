@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 
+MANY = 20
+"""More names than these are not all listed."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 Progress = Callable[[str, int, int], None]
@@ -46,13 +48,24 @@ class UnguardedError(EcopromptError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A half-sentence that names the valid name closest to `name`, or lists them all if none is close."""
-    known = sorted(names)
-    folded = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    """A half-sentence that names the valid name closest to `name`, or lists them all if none is close.
+
+    Letters and digits alone count. A name that is only begun is closest to the shortest names that begin so.
+    """
+    known, bare = sorted(names), _bare(name)
+    folded = {_bare(other): other for other in reversed(known)}
+    begun = sorted(sorted(other for other in folded if len(bare) > 2 and other.startswith(bare)), key=len)
+    close = [bare] if bare in folded else begun[:3] or difflib.get_close_matches(bare, folded, n=1, cutoff=0.5)
     if close:
-        return f"did you mean '{folded[close[0]]}'?"
+        meant = "' or '".join(folded[other] for other in close)
+        return f"did you mean '{meant}'?"
+    if len(known) > MANY:
+        return f"known are {len(known)}: {', '.join(known[:MANY])} and so on"
     return f"known: {', '.join(known)}" if known else "none is known"
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 class Registry(Mapping[str, Any]):
