@@ -122,7 +122,11 @@ def measures_page() -> str:
         [f"`{name}`", aggregates[name].better, _defaults(aggregates, name) or "–", _summary(aggregates[name])]
         for name in aggregates
     ]
-    parts += [table(["aggregate", "better", "keys", "value"], rows)]
+    parts += [
+        table(["aggregate", "better", "keys", "value"], rows),
+        "## Model aliases",
+        "[Models](models.md) lists them, with the architectures that the guard holds on.",
+    ]
     return page(parts)
 
 

@@ -46,16 +46,11 @@ def test_nearest_names_one_that_is_close_else_all():
     assert nearest("/", ["tofu"]) == "known: tofu"
 
 
-def test_nearest_to_a_name_that_is_only_begun_are_the_shortest_that_begin_so():
-    names = [
-        "mistral-7b-v0.1",
-        "mistral-7b-instruct-v0.1",
-        "mistral-7b-instruct-v0.2",
-        "mistral-7b-v0.2",
-        "biomistral-7b",
-    ]
+def test_nearest_of_many_to_a_name_that_is_only_begun_are_the_shortest_that_begin_so():
+    names = ["mistral-7b-v0.2", "mistral-7b-v0.1", "mistral-7b-instruct-v0.1", "biomistral-7b"]
+    many = [*names, *(f"{number:03}" for number in range(20))]
     expected = "'mistral-7b-v0.1' or 'mistral-7b-v0.2' or 'mistral-7b-instruct-v0.1'"
-    assert nearest("Mistral_7B", names) == f"did you mean {expected}?"
+    assert nearest("Mistral_7B", many) == f"did you mean {expected}?"
     assert nearest("llama-3", ["llama3", "llama3-chatqa"]) == "did you mean 'llama3'?"  # letters and digits alone
 
 

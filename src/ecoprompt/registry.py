@@ -50,16 +50,21 @@ class UnguardedError(EcopromptError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """A half-sentence that names the valid name closest to `name`, or lists them all if none is close.
 
-    Letters and digits alone count. A name that is only begun is closest to the shortest names that begin so.
+    Names that differ in signs or case only are the same. Of many names, the closest to one that is only begun are the
+    shortest that begin so.
     """
     known, bare = sorted(names), _bare(name)
-    folded = {_bare(other): other for other in reversed(known)}
-    begun = sorted(sorted(other for other in folded if len(bare) > 2 and other.startswith(bare)), key=len)
-    close = [bare] if bare in folded else begun[:3] or difflib.get_close_matches(bare, folded, n=1, cutoff=0.5)
+    many = len(known) > MANY
+    folded = {other.lower(): other for other in known}
+    close = [other for other in known if bare and _bare(other) == bare][:1]
+    if many and len(bare) > 2 and not close:
+        begun = [other for other in known if _bare(other).startswith(bare)]
+        close = sorted(begun, key=lambda other: (len(other), other))[:3]
+    close = close or [folded[other] for other in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)]
     if close:
-        meant = "' or '".join(folded[other] for other in close)
+        meant = "' or '".join(close)
         return f"did you mean '{meant}'?"
-    if len(known) > MANY:
+    if many:
         return f"known are {len(known)}: {', '.join(known[:MANY])} and so on"
     return f"known: {', '.join(known)}" if known else "none is known"
 
