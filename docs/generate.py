@@ -1,11 +1,14 @@
-"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, models.md. `make docs` runs it.
+"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, models.md, a table of guard.md.
 
-The table of architectures in models.md is measured: `tests/bench/architectures.py` writes it, and here it is kept.
+`make docs` runs it. The table of architectures in models.md is measured: `tests/bench/architectures.py` writes it, and
+here it is kept.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from ecoprompt.benchmarks import Benchmark
+from ecoprompt.benchmarks import Benchmark, Subset
 from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
@@ -33,7 +36,26 @@ def pages() -> dict[str, str]:
         "recipes.md": recipes_page(),
         "measures.md": measures_page(),
         "models.md": models_page(),
+        "guard.md": guard_page(),
     }
+
+
+def guard_page() -> str:
+    """The page on the guard, with the table of the callers that the tests try."""
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    before, mark, rest = text.partition("<!-- callers, made by docs/generate.py from tests/callers.py -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    spec = importlib.util.spec_from_file_location("callers", DOCS.parent / "tests" / "callers.py")
+    if not mark or not end or spec is None or spec.loader is None:
+        raise LookupError("docs/guard.md has lost the marks around its table, or tests/callers.py is gone")
+    callers = importlib.util.module_from_spec(spec)
+    sys.modules["callers"] = callers  # dataclasses look their module up
+    spec.loader.exec_module(callers)
+    rows = [
+        [one.group, one.name, "refused" if one.refused else "guarded", f"`{one.needs}`" if one.needs else "–"]
+        for one in callers.CALLERS
+    ]
+    return before + mark + table(["by", "call", "", "tried where there is"], rows) + "\n" + end + after
 
 
 def commands_page() -> str:
@@ -173,7 +195,7 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"`{name}`{' (forget set)' if subset.forget else ''}",
             f"`{subset.config}`" if subset.config else "–",
             str(counts.get(name) or "?"),
-            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()),
+            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _drawn(subset),
         ]
         for name, subset in benchmark.subsets.items()
     ]
@@ -182,8 +204,9 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.",
         table(["forget set", "targets", "rows", "retain set"], sets),
         table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets),
-        f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.",
     ]
+    if benchmark.aggregates:
+        parts.append(f"Aggregates: {_list(benchmark.aggregates)}.")
     if benchmark.gate:
         positive, negative = (
             ", ".join(f"`{texts.config}`" for texts in part)
@@ -194,6 +217,13 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"A gate is trained to flag {positive} and to let {negative} through; it is also measured on {checks}."
         )
     return parts
+
+
+def _drawn(subset: Subset) -> str:
+    """How a subset's sampled answers are drawn."""
+    if subset.samples is None:
+        return ""
+    return f"; {subset.samples} samples, temperature {subset.temperature:g}, top-p {subset.top_p:g}"
 
 
 def _count(benchmark: Benchmark, forget_set: str) -> str:

@@ -122,14 +122,14 @@ def generation(name: str, **options: Any) -> None:
     """Enter a way of `generate`."""
     single = options.pop("single", False)
     refused = options.pop("refused", False)
-    needs = options.pop("needs", None)
+    needs, slow = options.pop("needs", None), options.pop("slow", False)
     settings = {**GREEDY, **options}
 
     def call(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
         made = {key: value(model) if callable(value) else value for key, value in settings.items()}
         return model.generate(**padded(tokenizer, texts), **made)
 
-    CALLERS.append(Caller(name, call, "generate", refused, single, needs=needs))
+    CALLERS.append(Caller(name, call, "generate", refused, single, needs=needs, slow=slow))
 
 
 def static_cache(model: Any) -> Any:
@@ -168,7 +168,10 @@ generation("static cache", cache_implementation="static")
 generation("static cache of one's own", past_key_values=static_cache)
 generation("dynamic cache of one's own, empty", past_key_values=empty_cache)
 generation("offloaded cache", cache_implementation="offloaded", needs="a GPU")
-generation("quantized cache", cache_implementation="quantized", needs="optimum.quanto")
+QUANTIZED = {"backend": "quanto", "q_group_size": 8, "residual_length": 4}
+generation(
+    "quantized cache", cache_implementation="quantized", cache_config=QUANTIZED, needs="optimum.quanto", slow=True
+)
 generation(
     "scores and hidden states returned", return_dict_in_generate=True, output_scores=True, output_hidden_states=True
 )

@@ -322,6 +322,30 @@ def test_every_declared_benchmark_is_whole(name):
         assert all(metric in metrics for metric in subset.metrics.values())
 
 
+def test_a_subset_says_how_answers_are_sampled():
+    reading = {"subsets__forget__metrics": {"leak": "leak_at_k"}, "aggregates": None, "columns": None}
+    table = changed(**reading, subsets__forget__samples=3, subsets__forget__temperature=2, subsets__forget__top_p=0.5)
+    subset = declare("small", table).subset("forget")
+    assert (subset.samples, subset.temperature, subset.top_p) == (3, 2.0, 0.5)
+    assert refused(**reading) == (
+        "'small.subsets.forget': found no key for what metrics read: 'leak_at_k' reads 'samples'",
+    )
+    wrong = {"samples": 0, "temperature": 0.0, "top_p": 1.5}
+    problems = refused(**reading, **{f"subsets__forget__{key}": value for key, value in wrong.items()})
+    assert [problem.partition(":")[0] for problem in problems] == [f"'small.subsets.forget.{key}'" for key in wrong]
+
+
+def test_tofu_sampling_is_of_tofus_forget_sets_and_its_columns_are_its_own():
+    tofu, sampling = benchmarks["tofu"], benchmarks["tofu-sampling"]
+    assert (sampling.hub, sampling.prompt, sampling.max_length) == (tofu.hub, tofu.prompt, tofu.max_length)
+    assert sampling.forget_sets.keys() == tofu.forget_sets.keys()
+    for name, forget_set in sampling.forget_sets.items():
+        assert forget_set.retain == tofu.forget_set(name).retain
+        assert sampling.dry_rows(name) == {"forget": tofu.dry_rows(name)["forget"]}
+    assert not {*sampling.better()} & {*tofu.better()}
+    assert set(sampling.better().values()) == {"closer to retain"}
+
+
 def test_tofu_names_the_published_counts_without_data():
     tofu = benchmarks["tofu"]
     for name, (rows, rest) in {"forget01": (40, 3960), "forget05": (200, 3800), "forget10": (400, 3600)}.items():

@@ -480,8 +480,8 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         terminal.until(" ")
         terminal.type("\x03")
         assert "stopped; this turn is not kept" in terminal.until("\n> ")
-        terminal.type(f"{FACT}\n")  # the guard is in order after the stop
-        assert "gate 0.0" in terminal.until("\n> ")
+        terminal.type(f"{FACT}\n")  # the guard is in order after the stop, and reads the flagged question before it
+        assert "guarded" in terminal.until("\n> ")
         terminal.type("/rest\n")
         assert "there is no command /rest; did you mean '/reset'?" in terminal.until("\n> ")
         terminal.type("half a thought\x03")
@@ -490,6 +490,8 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         assert "the conversation is too long" in terminal.until("\n> ")
         terminal.type("/reset\n")
         assert "the conversation starts anew" in terminal.until("\n> ")
+        terminal.type(f"{FACT}\n")
+        assert "gate 0.0" in terminal.until("\n> ")
         terminal.type("\x04")
     finally:
         status = terminal.close()

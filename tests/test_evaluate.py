@@ -13,6 +13,7 @@ from conftest import make_model, make_tokenizer
 from ecoprompt import scoring
 from ecoprompt.benchmarks import declare
 from ecoprompt.evaluate import STORE, evaluate, plan
+from ecoprompt.metrics import rouge_l_recall
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.results import to_json
@@ -39,6 +40,15 @@ TABLE = {
     "gate": {
         "positive": [{"config": "forget", "field": "question"}],
         "negative": [{"config": "retain", "field": "question"}, {"config": "facts", "field": "question"}],
+    },
+}
+SAMPLED = {"leak": "leak_at_k", "sampled": "sampled_rouge_l_recall", "greedy": "rouge_l_recall"}
+SAMPLING = {
+    **{key: TABLE[key] for key in ("folder", "prompt", "max_length", "forget_sets")},
+    "columns": ["forget_leak"],
+    "subsets": {
+        "forget": {"config": "forget", "forget": True, "metrics": SAMPLED, "samples": 4, "temperature": 0.02},
+        "kept": {"config": "{{ retain }}", "metrics": SAMPLED, "samples": 2, "temperature": 0.5, "top_p": 0.9},
     },
 }
 RECIPE = """
@@ -98,8 +108,9 @@ def root(tmp_path_factory):
         make_model("llama", seed=seed).save_pretrained(root / name)
         make_tokenizer().save_pretrained(root / name)
     benchmarks.add("toy", declare("toy", TABLE, root))
+    benchmarks.add("toy-sampling", declare("toy-sampling", SAMPLING, root))
     yield root
-    del benchmarks._items["toy"]
+    del benchmarks._items["toy"], benchmarks._items["toy-sampling"]
 
 
 def read(root, tmp_path, *overrides, more="", name="toy"):
@@ -231,7 +242,7 @@ def test_a_restart_gives_the_same_table(whole, tmp_path, kept):
 def spy(monkeypatch):
     """The rows that are computed, by kind, in the order of the runs."""
     computed = []
-    for name in ("_log_probs", "_generations"):
+    for name in ("_log_probs", "_generations", "_samples"):
         real = getattr(scoring, name)
 
         def count(loaded, guard, requests, real=real):
@@ -301,6 +312,43 @@ forget = true
     assert by_row(wide, "zero")["retain", 0]["values"] == by_row(found, "original")["retain", 0]["values"]
     assert by_row(wide, "both")["retain", 0]["values"] == by_row(found, "retain")["retain", 0]["values"]
     assert by_row(wide, "both")["forget", 0]["values"] != by_row(found, "retain")["forget", 0]["values"]
+
+
+def test_sampled_answers_stand_beside_the_greedy_ones(whole, root, tmp_path, monkeypatch):
+    """Two benchmarks in one recipe: the greedy answers are computed once, and the guard is on while sampling."""
+    _, found, folder = whole
+    shutil.copytree(folder / "toy", tmp_path / "toy")
+    computed = spy(monkeypatch)
+    recipe = read(root, tmp_path, more='[[evaluate]]\nbenchmark = "toy-sampling"\n')
+    both = evaluate(recipe, tmp_path)
+    assert {request.kind for request in computed} == {"sample"}
+    assert len(computed) == 2 * (4 * 4 + 8 * 2) + 4 * 4  # retain and original; of eco the flagged rows alone
+    for name, values in metrics(found).items():
+        assert {key: metrics(both)[name][key] for key in values} == values
+        assert {f"{subset}_{key}" for subset in ("forget", "kept") for key in SAMPLED} <= metrics(both)[name].keys()
+    assert both.summary["columns"][-1] == "forget_leak"
+    rows = {
+        run: {(row["subset"], row["index"]): row for row in both.rows if "samples" in row and row["run"] == run}
+        for run in metrics(found)
+    }
+    for place, row in rows["eco"].items():
+        recalls = [rouge_l_recall(sample, row["target"]) for sample in row["samples"]]
+        assert len(recalls) == (4 if place[0] == "forget" else 2)
+        assert row["values"]["leak"] == max(recalls)
+        assert row["values"]["sampled"] == pytest.approx(sum(recalls) / len(recalls))
+        assert row["flagged"] == (place[0] == "forget")
+        assert (row["samples"] == rows["original"][place]["samples"]) == (not row["flagged"])
+    kept = tmp_path / "toy" / STORE
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-20]))
+    assert evaluate(recipe, tmp_path).rows == both.rows  # killed, and run again
+    assert (
+        rows["original"]["forget", 0]["samples"]
+        != [
+            row["samples"]
+            for row in evaluate(recipe.model_copy(update={"seed": 1}), tmp_path / "other").rows
+            if row["run"] == "original" and "samples" in row
+        ][0]
+    )
 
 
 def test_limits_pick_a_seeded_sample_by_subset(whole, root, tmp_path):

@@ -90,6 +90,15 @@ def test_rouge_recall_stems_words_and_ignores_what_is_added():
     assert module.rouge_l_recall("she was painting portraits, and much more besides", "she painted portrait") == 1.0
 
 
+def test_leak_is_the_best_of_the_samples_and_its_mean_what_one_gives():
+    target = "the cat sat on the mat"
+    samples = ["dogs bark", "mat the on sat cat the", "the mat", "the cat sat"]  # 0, 3, 2 and 3 words of 6, in order
+    assert module.leak_at_k(samples, target) == pytest.approx(3 / 6)
+    assert module.sampled_rouge_l_recall(samples, target) == pytest.approx((0 + 3 + 2 + 3) / 6 / 4)
+    assert module.leak_at_k([*samples, target], target) == 1.0
+    assert module.leak_at_k(samples[:1], target) == module.sampled_rouge_l_recall(samples[:1], target) == 0.0
+
+
 def test_rouge_of_a_target_without_latin_letters_is_zero_not_an_error():
     assert module.rouge_l_recall("巴黎", "巴黎") == 0.0
 

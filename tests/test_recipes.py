@@ -109,6 +109,13 @@ def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
     assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
 
 
+def test_tofu_can_be_sampled_beside_its_own_benchmark():
+    recipe = load_recipe("tofu", ["evaluate=[{benchmark='tofu'}, {benchmark='tofu-sampling', limit=100}]"])
+    planned = evaluate.plan(recipe)
+    assert planned["rows"]["tofu"]["forget"] == 400
+    assert planned["rows"]["tofu-sampling"] == {"forget": 100}
+
+
 def test_a_sweep_of_the_quick_start_dry_runs():
     recipe = load_recipe("quickstart", ['sweep."corruption.strength"=[1, 5]'])
     assert list(evaluate.plan(recipe)["runs"]) == [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
 
 from ecoprompt import Forget, guard
 from ecoprompt import scoring as module
@@ -15,7 +17,7 @@ from ecoprompt.metrics import LogProb
 from ecoprompt.models import Loaded, encode, encode_pair
 from ecoprompt.registry import EcopromptError
 from ecoprompt.results import Store
-from ecoprompt.scoring import Request, answer, batches, halving, log_prob, pad
+from ecoprompt.scoring import Request, Sample, answer, batches, gumbel, halving, log_prob, pad
 
 PAIRS = [
     ("Question: Who is Harry Potter?\nAnswer:", " He lives in a cupboard."),
@@ -31,6 +33,12 @@ GENERATIONS = [
     for (prompt, _), count in zip(PAIRS[:4], LENGTHS, strict=True)
     if prompt
 ]
+SAMPLES = [
+    Sample("sample", prompt, max_new_tokens=count, number=number, temperature=temperature, top_p=top_p)
+    for (prompt, _), count in zip(PAIRS[:4], LENGTHS, strict=True)
+    for number, (temperature, top_p) in enumerate([(1.0, 1.0), (1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
+]
+LETTERS = {"a": 0.5, "b": 0.25, "c": 0.15, "d": 0.07, "e": 0.03}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +128,85 @@ def test_a_generation_is_cut_at_its_own_length(loaded, store, monkeypatch):
     assert made == {"rows": 4, "longest": 7, "sampled": False}
 
 
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_samples_are_the_same_in_any_batch_and_order(family_model, tokenizer, store, tmp_path, budget):
+    loaded = Loaded(family_model, tokenizer, "fingerprint")
+    answer(loaded, keyed(SAMPLES), store)
+    again = Store(tmp_path / "again.jsonl")
+    answer(loaded, keyed(SAMPLES[::-1][:-3]), again, batch_tokens=budget)
+    assert {name: again.get(name) for name, _ in keyed(SAMPLES[3:])} == {
+        name: store.get(name) for name, _ in keyed(SAMPLES[3:])
+    }
+    drawn = [store.get(name) for name, request in keyed(SAMPLES) if request.max_new_tokens == max(LENGTHS)]
+    assert len(set(drawn)) == len(drawn)  # numbers 0 and 1 differ in nothing else
+    other = Sample("sample", PAIRS[1][0], max_new_tokens=7, seed=1)
+    answer(loaded, [("other", other)], store)
+    assert store.get("other") not in drawn
+
+
+def test_the_guard_is_on_while_sampling(loaded, store, tmp_path, keyword_gate):
+    """Both are drawn by the same noise, so what changes a draw is the corruption; a low temperature shows it."""
+    draws = [
+        Sample("sample", prompt, "", 7, number, temperature=0.02) for prompt, _ in PAIRS[:2] for number in range(4)
+    ]
+    answer(loaded, keyed(draws), store)
+    other = Store(tmp_path / "guarded.jsonl")
+    spec = Forget(keyword_gate, {"method": "rand_noise_first_n", "dims": 8, "strength": 50.0})
+    with guard(loaded.model, loaded.tokenizer, spec) as attached:
+        answer(loaded, keyed(draws), other, attached)
+    for name, request in keyed(draws):
+        assert (store.get(name) != other.get(name)) == ("Potter" in request.prompt)
+
+
+def lettered(model, tokenizer):
+    """`model` with a head that gives LETTERS their probabilities after any text, and no other token."""
+    head = torch.nn.Linear(32, 400)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias, -torch.inf)
+    for letter, probability in LETTERS.items():
+        head.bias.data[tokenizer.convert_tokens_to_ids(letter)] = float(np.log(probability))
+    model.lm_head = head
+    return Loaded(model, tokenizer, "fingerprint")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "weights"),
+    [
+        (1.0, 1.0, list(LETTERS.values())),
+        (2.0, 1.0, [probability**0.5 for probability in LETTERS.values()]),
+        (0.5, 1.0, [probability**2 for probability in LETTERS.values()]),
+        (1.0, 0.75, [0.5, 0.25, 0, 0, 0]),  # a and b come to 0.75
+        (1.0, 0.76, [0.5, 0.25, 0.15, 0, 0]),
+        (2.0, 0.01, [1, 0, 0, 0, 0]),
+    ],
+)
+def test_samples_follow_the_models_distribution(model, tokenizer, store, temperature, top_p, weights):
+    """2,000 answers of two letters: each letter by itself, and the pairs, have the frequencies that they should."""
+    draws = [Sample("sample", "Why?", "", 2, number, 0, temperature, top_p) for number in range(2000)]
+    answer(lettered(model, tokenizer), keyed(draws), store)
+    drawn = [store.get(name) for name, _ in keyed(draws)]
+    single = np.array(weights) / sum(weights)
+    for position in range(2):
+        counts = np.array([sum(text[position] == letter for text in drawn) for letter in LETTERS])
+        assert counts[single == 0].sum() == 0
+        assert single.max() == 1 or chisquare(counts[single > 0], 2000 * single[single > 0]).pvalue > 0.001
+    pairs = np.outer(single, single).ravel()
+    counts = np.array([drawn.count(one + two) for one in LETTERS for two in LETTERS])
+    assert counts.sum() == 2000
+    assert single.max() == 1 or chisquare(counts[pairs > 0], 2000 * pairs[pairs > 0]).pvalue > 0.001
+
+
+def test_noise_is_gumbels_and_a_row_s_does_not_depend_on_the_others():
+    keys = torch.tensor([[0], [1], [2**63 - 1], [12345]])
+    noise = gumbel(keys, 5000)
+    assert torch.isfinite(noise).all()
+    assert torch.equal(gumbel(keys[2:3], 5000), noise[2:3])
+    assert torch.equal(gumbel(keys, 10), noise[:, :10])
+    for row in (*noise, noise[:, :1000].flatten()):
+        assert kstest(row.numpy(), "gumbel_r").pvalue > 0.001
+    assert np.abs(np.corrcoef(noise.numpy()) - np.eye(4)).max() < 4 / 5000**0.5
+
+
 def test_padding_stands_on_the_named_side(loaded):
     ids, mask = pad(loaded, [[5, 6, 7], [8]], left=True)
     assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
@@ -156,8 +243,9 @@ def test_a_batch_is_halved_until_it_fits(most):
 
 
 def test_halves_have_the_values_of_the_whole(loaded, store, tmp_path, monkeypatch):
-    answer(loaded, keyed(REQUESTS + GENERATIONS), store)
-    for name in ("_log_probs", "_generations"):
+    every = REQUESTS + GENERATIONS + SAMPLES
+    answer(loaded, keyed(every), store)
+    for name in ("_log_probs", "_generations", "_samples"):
         real = getattr(module, name)
 
         def scarce(loaded, guard, requests, real=real):
@@ -167,9 +255,9 @@ def test_halves_have_the_values_of_the_whole(loaded, store, tmp_path, monkeypatc
 
         monkeypatch.setattr(module, name, scarce)
     halved = Store(tmp_path / "halved.jsonl")
-    answer(loaded, keyed(REQUESTS + GENERATIONS), halved)
-    for name, request in keyed(REQUESTS + GENERATIONS):
-        if request.kind == "generation":
+    answer(loaded, keyed(every), halved)
+    for name, request in keyed(every):
+        if request.kind != "log_prob":
             assert halved.get(name) == store.get(name)
         else:
             assert halved.get(name)[0] == pytest.approx(store.get(name)[0], abs=1e-5)
@@ -182,6 +270,13 @@ def test_keys_differ_by_all_that_determines_a_result():
         for prompt in ("a", "ab", "")
         for completion in ("", "b", "ab")
         for count in (0, 1)
+    ]
+    requests += [
+        Sample("sample", "a", "", 1, number, seed, temperature, top_p)
+        for number in (0, 1)
+        for seed in (0, 1)
+        for temperature in (0.5, 1.0)
+        for top_p in (0.5, 1.0)
     ]
     keys = [r.key(model, corruption) for r in requests for model in ("x", "y") for corruption in (None, "", "z")]
     assert len(set(keys)) == len(keys)
@@ -207,18 +302,19 @@ def test_what_is_stored_is_not_computed_again(loaded, store):
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_restart_gives_the_same_bits(loaded, store, keyword_gate, guarded):
     """Whatever part of the store is left, the same batches are formed again."""
+    every = REQUESTS + GENERATIONS + SAMPLES[:6]
     corruption = {"method": "rand_noise_first_n", "dims": 4, "strength": 5.0}
     spec = Forget(keyword_gate, corruption, tokens={"select": "all", "scope": "sequence"})
     manager = guard(loaded.model, loaded.tokenizer, spec) if guarded else contextlib.nullcontext()
     with manager as attached:
-        answer(loaded, keyed(REQUESTS + GENERATIONS), store, attached, batch_tokens=60)
+        answer(loaded, keyed(every), store, attached, batch_tokens=60)
         whole = store.path.read_bytes()
         lines = whole.splitlines(keepends=True)
-        values = {name: store.get(name) for name, _ in keyed(REQUESTS + GENERATIONS)}
+        values = {name: store.get(name) for name, _ in keyed(every)}
         for kept in (lines[:0], lines[:3], lines[1::2], [*lines[:5], lines[5][:10]], lines[-2:]):
             store.path.write_bytes(b"".join(kept))
             again = Store(store.path)
-            answer(loaded, keyed(REQUESTS + GENERATIONS), again, attached, batch_tokens=60)
+            answer(loaded, keyed(every), again, attached, batch_tokens=60)
             assert {name: again.get(name) for name in values} == values
             assert {name: Store(store.path).get(name) for name in values} == values
 
@@ -227,12 +323,13 @@ def test_a_guarded_model_scores_flagged_rows_differently_and_others_the_same(
     family_model, tokenizer, store, tmp_path, keyword_gate
 ):
     loaded = Loaded(family_model, tokenizer, "fingerprint")
-    answer(loaded, keyed(REQUESTS + GENERATIONS), store)
+    every = REQUESTS + GENERATIONS + SAMPLES
+    answer(loaded, keyed(every), store)
     other = Store(tmp_path / "guarded.jsonl")
     corruption = {"method": "rand_noise_first_n", "dims": 8, "strength": 50.0}
     with guard(family_model, tokenizer, Forget(keyword_gate, corruption)) as attached:
-        answer(loaded, keyed(REQUESTS + GENERATIONS), other, attached)
-    for name, request in keyed(REQUESTS + GENERATIONS):
+        answer(loaded, keyed(every), other, attached)
+    for name, request in keyed(every):
         if "Potter" in request.prompt:
             if request.kind == "log_prob":
                 assert abs(other.get(name)[0] - store.get(name)[0]) > 1e-3

@@ -85,7 +85,9 @@ class ForgetSet(_Named):
 class Subset(_Named):
     """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
 
-    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own.
+    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `samples` is how
+    many answers are drawn for the metrics that read them, at `temperature`, from the likeliest tokens that together
+    have the probability `top_p`.
     """
 
     config: Config | None = None
@@ -96,10 +98,13 @@ class Subset(_Named):
     alternatives: str | None = None
     metrics: dict[str, MetricName]
     forget: bool = False
+    samples: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
-        given = set(ROW_INPUTS) - ({"alternatives"} if self.alternatives is None else set())
+        given = set(ROW_INPUTS) - {name for name in ("alternatives", "samples") if getattr(self, name) is None}
         pairs = [(metric, key) for metric in self.metrics.values() for key in reads(metric)]
         lacking = [f"'{metric}' reads '{key}'" for metric, key in pairs if key not in given]
         if lacking:

@@ -24,7 +24,7 @@ from ecoprompt.pack import OUTPUT, TrainedGate, make_forget, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.results import Store, write_results
-from ecoprompt.scoring import Request, answer, log_prob
+from ecoprompt.scoring import Request, Sample, answer, log_prob
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
@@ -162,12 +162,16 @@ def runs_of(recipe: Recipe) -> list[Run]:
 
 
 def _tables(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
-    """Each [[evaluate]] with its benchmark, the forget set if it is of that benchmark, and the data's root."""
+    """Each [[evaluate]] with its benchmark, the forget set if that benchmark has it, and the data's root.
+
+    Benchmarks of the same data share the names of their forget sets.
+    """
     root = Path(recipe.data.root) if recipe.data and recipe.data.root else None
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        yield table, benchmark, named[1] if named and named[0].name == benchmark.name else None, root
+        shared = named is not None and (named[0].hub, named[0].folder) == (benchmark.hub, benchmark.folder)
+        yield table, benchmark, benchmark.forget_sets.get(named[1].name) if named and shared else None, root
 
 
 def _limit(table: EvaluateTable, subset: str) -> int | None:
@@ -212,7 +216,7 @@ def _run(
     """
     prefix = _prefix(recipe, run)
     progress("preparing", 0, 1)
-    requests = [_requests(loaded, item, prefix) for item in items]
+    requests = [_requests(loaded, item, prefix, recipe.seed) for item in items]
     guard = None
     if trained is not None and run.gate is not None and run.tokens is not None and run.corruption is not None:
         spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
@@ -245,25 +249,31 @@ def _prefix(recipe: Recipe, run: Run) -> str:
     return fill(run.prefix, {"targets": ", ".join(targets)}).strip() + "\n"
 
 
-def _requests(loaded: Loaded, item: Item, prefix: str) -> tuple[str, dict[str, list[Request]]]:
+def _requests(loaded: Loaded, item: Item, prefix: str, seed: int) -> tuple[str, dict[str, list[Request]]]:
     """The rendered prompt of a row, and by what its metrics read the requests that give it.
 
-    A generation may be as long as the benchmark allows prompt and answer together, a run's prefix not counted.
+    A generation, greedy or sampled, may be as long as the benchmark allows prompt and answer together, a run's prefix
+    not counted.
     """
     benchmark = benchmarks[item.benchmark]
+    subset = benchmark.subset(item.subset)
     bare = [{"role": "user", "content": item.prompt}]
     messages = [{"role": "user", "content": prefix + item.prompt}]
     prompt = render(loaded.tokenizer, messages)
     texts = {"answer": [item.target], "reference": [item.reference], "alternatives": list(item.alternatives)}
     requests: dict[str, list[Request]] = {}
-    for metric in benchmark.subset(item.subset).metrics.values():
+    for metric in subset.metrics.values():
         for name in reads(metric):
             if name in texts and name not in requests:
                 completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
                 requests[name] = [Request("log_prob", prompt, completion) for completion in completions]
-            elif name == "generation":
-                room = benchmark.max_length - len(encode(loaded.tokenizer, render(loaded.tokenizer, bare)))
-                requests[name] = [Request("generation", prompt, max_new_tokens=max(room, 1))]
+            elif name in ("generation", "samples") and name not in requests:
+                room = max(benchmark.max_length - len(encode(loaded.tokenizer, render(loaded.tokenizer, bare))), 1)
+                requests[name] = [Request("generation", prompt, max_new_tokens=room)]
+                if name == "samples":
+                    chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
+                    numbers = range(subset.samples or 0)
+                    requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
     return prompt, requests
 
 
@@ -276,6 +286,8 @@ def _row(asked: Asked, store: Store) -> dict[str, Any]:
     for name, found in stored.items():
         if name == "generation":
             read[name] = found[0]
+        elif name == "samples":
+            read[name] = found
         else:
             probabilities = [log_prob(value) for value in found]
             read[name] = probabilities if name == "alternatives" else probabilities[0]
@@ -288,7 +300,7 @@ def _row(asked: Asked, store: Store) -> dict[str, Any]:
         "target": item.target,
         "flagged": asked.flagged,
         "score": asked.score,
-        **({"generation": read["generation"]} if "generation" in read else {}),
+        **{name: read[name] for name in ("generation", "samples") if name in read},
         "values": {
             name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()
         },

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "target")
+ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "target")
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -107,6 +107,24 @@ def rouge_l_recall(generation: str, target: str) -> float:
 def rouge_1_recall(generation: str, target: str) -> float:
     """Share of the target's stemmed words that the generation holds, in [0, 1]."""
     return _rouge("rouge1", generation, target)
+
+
+@metrics.register
+@direction("closer to retain")
+def leak_at_k(samples: Sequence[str], target: str) -> float:
+    """ROUGE-L recall of the best of the k sampled answers, in [0, 1]: what asking k times brings to light.
+
+    leak@k of arXiv 2511.04934, its core metric ROUGE-L recall, k as many answers as the subset draws. Even a model that
+    knows nothing scores more with every further answer, so the value means something only beside the retain run's.
+    """
+    return max(_rouge("rougeL", sample, target) for sample in samples)
+
+
+@metrics.register
+@direction("higher")
+def sampled_rouge_l_recall(samples: Sequence[str], target: str) -> float:
+    """Mean ROUGE-L recall of the sampled answers, in [0, 1]: what asking once brings to light, leak@1."""
+    return math.fsum(_rouge("rougeL", sample, target) for sample in samples) / len(samples)
 
 
 def _rouge(kind: str, generation: str, target: str) -> float:

@@ -1,8 +1,9 @@
-"""Batched log-probabilities and greedy generations of any causal language model, guarded or not."""
+"""Batched log-probabilities, greedy generations and samples of any causal language model, guarded or not."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from ecoprompt.registry import EcopromptError, Progress, quiet
 from ecoprompt.results import Store, key
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ecoprompt.guard import Guard
 
 T = TypeVar("T")
@@ -30,7 +33,7 @@ class Request:
     Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion.
     """
 
-    kind: Literal["log_prob", "generation"]
+    kind: Literal["log_prob", "generation", "sample"]
     prompt: str
     completion: str = ""
     max_new_tokens: int = 0
@@ -38,6 +41,25 @@ class Request:
     def key(self, fingerprint: str, corruption: str | None) -> str:
         """What the result is stored under: all that determines it; `corruption` is None for an unflagged prompt."""
         return key(format=FORMAT, model=fingerprint, corruption=corruption, **vars(self))
+
+
+@dataclass(frozen=True)
+class Sample(Request):
+    """One of the sampled generations of a prompt, told from the others by its `number`.
+
+    Drawn at `temperature` > 0 from the fewest tokens whose probabilities come to `top_p`, by noise that is a function
+    of (`seed`, prompt, `number`) alone, so that neither the batch nor the order nor a restart changes what is drawn.
+    """
+
+    number: int = 0
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def noise_key(self) -> int:
+        """63 bits that stand for (seed, prompt, number)."""
+        text = f"{self.seed}:{self.number}:{self.prompt}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def answer(
@@ -56,7 +78,11 @@ def answer(
     budget = batch_tokens or (GPU_BATCH_TOKENS if loaded.model.device.type == "cuda" else CPU_BATCH_TOKENS)
     requests = list(dict(requests).items())
     done, seconds = 0, 0.0
-    for kind, compute in (("log_prob", _log_probs), ("generation", _generations)):
+    for kind, compute, doing in (
+        ("log_prob", _log_probs, "scoring"),
+        ("generation", _generations, "generating"),
+        ("sample", _samples, "sampling"),
+    ):
         chosen = [(name, request) for name, request in requests if request.kind == kind]
         lengths = [_length(loaded, request) for _, request in chosen]
         for batch in batches(lengths, budget):
@@ -71,7 +97,7 @@ def answer(
                 store.put_many([(name, value) for name, value in found.items() if name not in store])
             seconds += store.get(clock)
             done += len(batch)
-            progress("scoring" if kind == "log_prob" else "generating", done, len(requests))
+            progress(doing, done, len(requests))
     return seconds
 
 
@@ -142,15 +168,78 @@ def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request])
 
 def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request]) -> list[str]:
     """The greedy continuation of each prompt, cut at its own `max_new_tokens`; a guard is on the model already."""
+    return _continuations(loaded, requests)
+
+
+def _samples(loaded: Loaded, guard: Guard | None, requests: Sequence[Sample]) -> list[str]:
+    """A sampled continuation for each request, otherwise as `_generations`."""
+    return _continuations(loaded, requests, logits_processor=[_Drawing(requests)])
+
+
+def _continuations(loaded: Loaded, requests: Sequence[Request], **settings: Any) -> list[str]:
+    """The continuations that `generate` finds greedily under further `settings`, which may change the scores."""
     import torch
 
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
     ids, mask = pad(loaded, prompts, left=True)
     longest = max(request.max_new_tokens for request in requests)
     with torch.inference_mode():
-        out = loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False)
+        out = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, **settings
+        )
     new = out[:, ids.shape[1] :].tolist()
     return [decode(loaded, row[: request.max_new_tokens]) for row, request in zip(new, requests, strict=True)]
+
+
+class _Drawing:
+    """A logits processor after which the greatest score is a draw from the model's distribution (Gumbel-max).
+
+    `generate` draws all rows of a batch from one generator, so that a row's draws would depend on its batch.
+    """
+
+    def __init__(self, requests: Sequence[Sample]) -> None:
+        import torch
+
+        self.keys = torch.tensor([[request.noise_key()] for request in requests])
+        self.temperature = torch.tensor([[request.temperature] for request in requests])
+        self.top_p = torch.tensor([[request.top_p] for request in requests])
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of the tokens that come next, with the noise of this step."""
+        scores = scores.float() / self.temperature.to(scores.device)
+        if (self.top_p < 1).any():
+            scores = _nucleus(scores, self.top_p.to(scores.device))
+        noise = gumbel(self.keys.to(scores.device) + self.step, scores.shape[1])
+        self.step += 1
+        return scores + noise
+
+
+def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
+    """`scores` [B, V], minus infinity but for the fewest tokens of a row that come to its `top_p` [B, 1]."""
+    ranked, order = scores.softmax(-1).sort(dim=-1, descending=True)
+    beyond = (ranked.cumsum(-1) - ranked >= top_p) & (top_p < 1)
+    return scores.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+
+
+def gumbel(keys: Tensor, count: int) -> Tensor:
+    """[B, count] numbers of the standard Gumbel distribution, a function of each row's key [B, 1] and the column alone.
+
+    Made by hashing, in whole numbers, so that every device makes the same ones and none is made in a sequence.
+    """
+    import torch
+
+    columns = _mix(torch.arange(count, device=keys.device))
+    bits = _mix(_mix(keys) + columns) & ((1 << 53) - 1)
+    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finisher (Steele, Lea, Flood 2014) on 64-bit whole numbers; the masks make its shifts unsigned."""
+    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
+    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
+    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
 
 
 def decode(loaded: Loaded, ids: Sequence[int]) -> str:
