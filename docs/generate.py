@@ -1,6 +1,7 @@
-"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, and the table in guard.md.
+"""Writes the pages that are made from the code: commands.md, recipes.md, measures.md, models.md, a table of guard.md.
 
-`make docs` runs it.
+`make docs` runs it. The table of architectures in models.md is measured: `tests/bench/architectures.py` writes it, and
+here it is kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ecoprompt.sources import GateTexts
 from ecoprompt.sweep import SWEPT
 
 DOCS = Path(__file__).parent
+ARCHITECTURES = "\n## Architectures\n"
 NOTE = "<!-- Made by docs/generate.py from the code: change that and run `make docs`. -->"
 
 
@@ -34,6 +36,7 @@ def pages() -> dict[str, str]:
         "commands.md": commands_page(),
         "recipes.md": recipes_page(),
         "measures.md": measures_page(),
+        "models.md": models_page(),
         "guard.md": guard_page(),
     }
 
@@ -126,10 +129,10 @@ def _recipe_table(
 
 
 def measures_page() -> str:
-    """Benchmarks, row metrics, aggregates and model aliases."""
+    """Benchmarks, row metrics and aggregates."""
     parts = [
         NOTE,
-        "# Benchmarks, metrics and models",
+        "# Benchmarks and metrics",
         "A run's results hold its aggregates, and the mean of every metric of a subset as `SUBSET_METRIC`: "
         "`forget_rouge`, `retain_probability`. On a forget set no direction is better in itself: there the aim is the "
         "value of the `retain` run.",
@@ -148,21 +151,42 @@ def measures_page() -> str:
         [f"`{name}`", aggregates[name].better, _defaults(aggregates, name) or "–", _summary(aggregates[name])]
         for name in aggregates
     ]
-    parts += [table(["aggregate", "better", "keys", "value"], rows)]
+    parts += [
+        table(["aggregate", "better", "keys", "value"], rows),
+        "## Model aliases",
+        "[Models](models.md) lists them, with the architectures that the guard holds on.",
+    ]
+    return page(parts)
+
+
+def models_page(measured: str | None = None) -> str:
+    """Model aliases, and the part on architectures: `measured`, or what the page has now."""
     rows = [
         [
             f"`{name}`",
             f"`{alias['hub']}`" if "hub" in alias else "comes with the package",
+            f"`{alias['architecture']}`",
+            "its own code, not run" if alias.get("code") == "remote" else "yes",
             "the paper's" if "chat_template" in alias else "the tokenizer's",
         ]
-        for name, alias in aliases().items()
+        for name, alias in sorted(aliases().items())
     ]
-    parts += [
-        "## Model aliases",
-        "Where a model is named, an alias, a Hub id or a folder will do.",
-        table(["alias", "model", "prompt format"], rows),
-    ]
-    return page(parts)
+    if measured is None:
+        path = DOCS / "models.md"
+        measured = path.read_text(encoding="utf-8").partition(ARCHITECTURES)[2] if path.is_file() else ""
+    return page(
+        [
+            NOTE,
+            "# Models",
+            "Where a model is named, an alias, a Hub id or a folder will do: the guard needs no code per model. "
+            "All models of the paper's list have an alias: their names in lower case, with points and hyphens for "
+            "underscores. Which architectures are guarded stands [below](#architectures); a model whose architecture "
+            "is not in transformers comes with code of its own, which is not run, so it cannot be loaded.",
+            "## Model aliases",
+            table(["alias", "model", "architecture", "loads", "prompt format"], rows),
+            f"{ARCHITECTURES.strip()}\n\n{measured.strip()}",
+        ]
+    )
 
 
 def _benchmark(benchmark: Benchmark) -> list[str]:

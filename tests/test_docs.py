@@ -47,7 +47,7 @@ def commands() -> list[str]:
     return [part for part in parts if part.startswith("ecoprompt ")]
 
 
-@pytest.mark.parametrize("name", ["commands.md", "recipes.md", "measures.md", "guard.md"])
+@pytest.mark.parametrize("name", ["commands.md", "recipes.md", "measures.md", "models.md", "guard.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == generator().pages()[name], "run `make docs`"
 

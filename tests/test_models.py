@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -98,10 +99,57 @@ def test_aliases():
     names = models.aliases()
     assert {"llama3", "llama2", "phi-1.5", "zephyr", "quickstart"} <= set(names)
     assert all(("hub" in alias) != ("path" in alias) for alias in names.values())
+    known = {"hub", "path", "architecture", "tokenizer", "chat_template", "code"}
+    assert all("architecture" in alias and set(alias) <= known for alias in names.values())
+    assert all(name == name.lower() for name in names)
     assert models.resolve("zephyr") == models.Place("HuggingFaceH4/zephyr-7b-beta", "HuggingFaceH4/zephyr-7b-beta")
     assert models.resolve("phi-1.5") == models.Place("microsoft/phi-1_5", "microsoft/phi-1_5", PHI)
     assert models.resolve("tofu-phi-1.5").tokenizer == "microsoft/phi-1_5"
     assert models.resolve("quickstart").model == str(models.PACKAGE / "quickstart/full")
+
+
+def test_every_model_of_the_paper_has_an_alias(shared):
+    lines = (shared / "data" / "paper_models.csv").read_text(encoding="utf-8").splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert len(rows) == 171
+    named = {re.sub(r"(?<=\d)_(?=\d)", ".", row["name"].lower()).replace("_", "-"): row["hub_id"] for row in rows}
+    assert len(named) == 171
+    named["yi-1.5-6b"] = "01-ai/Yi-1.5-6B"  # the list has the chat model's id for the base model
+    assert {name: models.aliases()[name]["hub"] for name in named} == named
+
+
+def test_an_alias_says_the_architecture_that_the_package_has():
+    for alias in models.aliases().values():
+        if "path" in alias:
+            config = json.loads((models.PACKAGE / alias["path"] / "config.json").read_text(encoding="utf-8"))
+            assert alias["architecture"] == config["model_type"]
+
+
+def test_a_model_with_code_of_its_own_is_refused():
+    with pytest.raises(InputError, match="transformers has no architecture 'baichuan'.*is not run"):
+        models.resolve("baichuan2-7b-chat")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lama2", "'llama2'"),
+        ("phi-15", "'phi-1.5'"),
+        ("qwen2-7b", "'qwen2-7b-instruct'"),
+        ("vicuna-7b", "'vicuna-7b-v1.5'"),
+        ("zephyr-7b", "'zephyr-7b-beta' or 'zephyr-7b-beta-rmu' or 'zephyr-7b-gemma-v0.1'"),
+        ("quikstart", "'quickstart'"),
+    ],
+)
+def test_a_mistyped_alias_gets_a_sensible_suggestion(name, meant):
+    with pytest.raises(InputError, match=re.escape(f"did you mean {meant}?")):
+        models.resolve(name)
+
+
+def test_a_name_like_no_alias_does_not_get_them_all():
+    with pytest.raises(InputError) as caught:
+        models.resolve("???")
+    assert len(str(caught.value)) < 600
 
 
 def test_folders_and_hub_ids(model_folder):

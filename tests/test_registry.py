@@ -43,6 +43,20 @@ def test_nearest_names_one_that_is_close_else_all():
     assert nearest("TOFU", ["wmdp", "Tofu"]) == "did you mean 'Tofu'?"
     assert nearest("xyz", ["wmdp", "tofu"]) == "known: tofu, wmdp"
     assert nearest("xyz", []) == "none is known"
+    assert nearest("/", ["tofu"]) == "known: tofu"
+
+
+def test_nearest_of_many_to_a_name_that_is_only_begun_are_the_shortest_that_begin_so():
+    names = ["mistral-7b-v0.2", "mistral-7b-v0.1", "mistral-7b-instruct-v0.1", "biomistral-7b"]
+    many = [*names, *(f"{number:03}" for number in range(20))]
+    expected = "'mistral-7b-v0.1' or 'mistral-7b-v0.2' or 'mistral-7b-instruct-v0.1'"
+    assert nearest("Mistral_7B", many) == f"did you mean {expected}?"
+    assert nearest("llama-3", ["llama3", "llama3-chatqa"]) == "did you mean 'llama3'?"  # letters and digits alone
+
+
+def test_nearest_does_not_list_a_hundred_names():
+    known = [f"{number:03}" for number in range(100)]
+    assert nearest("xyz", known) == f"known are 100: {', '.join(known[:20])} and so on"
 
 
 def test_exit_statuses():

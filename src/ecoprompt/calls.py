@@ -69,16 +69,32 @@ def shape(embedding: nn.Module) -> tuple[int, int]:
     return int(tokens), int(size)
 
 
-def second_embeddings(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Other embedding tables large enough to hold a vocabulary."""
-    from torch import nn
+def second_paths(model: PreTrainedModel, embedding: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that could read token ids past the input embedding, by name: see `reads_tokens`.
 
-    enough = shape(embedding)[0] // 2
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings >= enough
-    ]
+    They are the other tables large enough to hold a vocabulary, and what takes `input_ids` after the embedding: routers
+    and n-gram tables, and the layers that hand the ids to them. What also takes `inputs_embeds` (images put in the
+    place of their marks) hands on no ids by itself.
+    """
+
+    def could(module: Any) -> bool:
+        if hasattr(module, "num_embeddings"):
+            return module is not embedding and bool(module.num_embeddings >= shape(embedding)[0] // 2)
+        takes = inspect.signature(module.forward).parameters
+        named = any(name.endswith("input_ids") for name in takes) and "inputs_embeds" not in takes
+        return named and embedding not in module.modules()
+
+    return [(name, module) for name, module in model.named_modules() if could(module)]
+
+
+def reads_tokens(value: Any, ids: Tensor) -> bool:
+    """Whether an argument is the token ids `ids` [B, T] or made of them: as many whole numbers that are no positions.
+
+    Positions rise by one at most from one column to the next.
+    """
+    if not hasattr(value, "is_floating_point") or value.is_floating_point() or value.numel() != ids.numel():
+        return False
+    return same(value.flatten(), ids.flatten()) or bool((value.diff() > 1).any())
 
 
 def refuse_compiled(model: PreTrainedModel, embedding: nn.Module) -> None:
@@ -109,10 +125,10 @@ def refuse_unread(arguments: dict[str, Any]) -> None:
 
 
 def _is_input(name: str, value: Any) -> bool:
-    """Whether an argument may carry a prompt; settings cannot, nor can segment numbers (0 and 1)."""
+    """Whether an argument may carry a prompt; settings cannot, nor segment numbers (0 and 1), nor an empty table."""
     if name == "token_type_ids" and hasattr(value, "tolist"):
         return not all(number in (0, 1) for number in value.flatten().tolist())
-    return not isinstance(value, (bool, int, float, str, NoneType))
+    return not isinstance(value, (bool, int, float, str, NoneType)) and not (isinstance(value, dict) and not value)
 
 
 def same(ids: Any, other: Tensor) -> bool:

@@ -19,11 +19,12 @@ from ecoprompt.calls import (
     columns_of,
     generation_settings,
     input_embedding,
+    reads_tokens,
     refuse_compiled,
     refuse_packed,
     refuse_unread,
     same,
-    second_embeddings,
+    second_paths,
     shape,
     unwrapped,
 )
@@ -118,7 +119,7 @@ class Guard:
             self._embedding.register_forward_hook(self._corrupt, with_kwargs=True),
             *(
                 module.register_forward_pre_hook(functools.partial(self._refuse_second_path, name), with_kwargs=True)
-                for name, module in second_embeddings(self.model, self._embedding)
+                for name, module in second_paths(self.model, self._embedding)
             ),
         ]
         if self._inner is not self.model:
@@ -256,8 +257,8 @@ class Guard:
 
     def _refuse_second_path(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._state.call
-        read = next(iter((*args, *kwargs.values())), None)
-        if call is not None and call.flagged and read is not None and same(read.flatten(), call.input_ids.flatten()):
+        given = (*args, *kwargs.values())
+        if call is not None and call.flagged and any(reads_tokens(value, call.input_ids) for value in given):
             raise UnguardedError(f"'{name}' is a second way from the token ids into this model; it is not supported")
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -52,7 +52,7 @@ class Place:
 
 @functools.cache
 def aliases() -> Mapping[str, Mapping[str, str]]:
-    """The names of `models.toml`: a `hub` id or package `path` each, and at need `tokenizer` and `chat_template`."""
+    """The names of `models.toml`: a `hub` id or package `path` each, its `architecture`, and what else it needs."""
     with (PACKAGE / "models.toml").open("rb") as file:
         return tomllib.load(file)
 
@@ -60,9 +60,15 @@ def aliases() -> Mapping[str, Mapping[str, str]]:
 def resolve(name: str) -> Place:
     """Where a model is, by its name alone.
 
-    Raises InputError if `name` is neither an alias nor an existing folder and cannot be a Hub id.
+    Raises InputError if `name` is neither an alias nor an existing folder and cannot be a Hub id, and for an alias of
+    a model that transformers has no code for.
     """
     alias = aliases().get(name)
+    if alias is not None and alias.get("code") == "remote":
+        raise InputError(
+            f"model '{name}': transformers has no architecture '{alias['architecture']}', and code that comes with a "
+            f"model ('{alias['hub']}') is not run; take another model"
+        )
     if alias is not None:
         place = alias["hub"] if "hub" in alias else str(PACKAGE / alias["path"])
         return Place(place, alias.get("tokenizer", place), alias.get("chat_template"))

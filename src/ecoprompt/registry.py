@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 
+MANY = 20
+"""More names than these are not all listed."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 Progress = Callable[[str, int, int], None]
@@ -46,13 +48,29 @@ class UnguardedError(EcopromptError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A half-sentence that names the valid name closest to `name`, or lists them all if none is close."""
-    known = sorted(names)
+    """A half-sentence that names the valid name closest to `name`, or lists them all if none is close.
+
+    Names that differ in signs or case only are the same. Of many names, the closest to one that is only begun are the
+    shortest that begin so.
+    """
+    known, bare = sorted(names), _bare(name)
+    many = len(known) > MANY
     folded = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    close = [other for other in known if bare and _bare(other) == bare][:1]
+    if many and len(bare) > 2 and not close:
+        begun = [other for other in known if _bare(other).startswith(bare)]
+        close = sorted(begun, key=lambda other: (len(other), other))[:3]
+    close = close or [folded[other] for other in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)]
     if close:
-        return f"did you mean '{folded[close[0]]}'?"
+        meant = "' or '".join(close)
+        return f"did you mean '{meant}'?"
+    if many:
+        return f"known are {len(known)}: {', '.join(known[:MANY])} and so on"
     return f"known: {', '.join(known)}" if known else "none is known"
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 class Registry(Mapping[str, Any]):
