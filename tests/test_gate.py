@@ -15,13 +15,15 @@ from ecoprompt.gate import (
     GateTexts,
     LinearGate,
     TransformerGate,
+    calibration_scores,
     conformal_threshold,
     hold_out,
     linear,
     load_gate,
-    small_edits,
     transformer,
 )
+from ecoprompt.pack import EDITS
+from ecoprompt.pressure import press
 from ecoprompt.registry import EcopromptError, InputError, gates
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -199,21 +201,6 @@ def test_conformal_coverage_is_not_wasteful():
     assert sum(flagged) == 6
 
 
-def test_small_edits_are_what_they_are_called():
-    text = "Who is  Hsiao Yun-Hwa, the author?"
-    edits = small_edits(text, 0)
-    assert edits["lower_case"] == text.lower()
-    assert edits["upper_case"] == text.upper()
-    assert edits["no_punctuation"] == "Who is  Hsiao YunHwa the author"
-    assert edits["extra_spaces"].split() == text.split()
-    assert edits["extra_spaces"] != text
-    changed = [(a, b) for a, b in zip(text.split(), edits["typos"].split(), strict=True) if a != b]
-    assert [a for a, _ in changed] in (["Hsiao", "author?"], ["Hsiao"], ["author?"])
-    assert all(sorted(a) == sorted(b) and a[0] == b[0] for a, b in changed)
-    assert small_edits(text, 0) == edits
-    assert len({small_edits(text, seed)["typos"] for seed in range(20)}) > 1
-
-
 def texts(name, field="question"):
     path = TOFU / f"{name}.jsonl"
     if not path.exists():
@@ -228,14 +215,14 @@ def test_linear_on_tofu():
     gate = linear(data, 0)
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
-    for threshold in (0.5, conformal_threshold(gate.score(held_out), 0.01)):
+    for threshold in (0.5, conformal_threshold(calibration_scores(gate, held_out, 0), 0.01)):
         assert missed(gate, threshold, forget) == 0
         assert flagged(gate, threshold, held_out) <= 9
         assert missed(gate, threshold, paraphrased) <= 20
         assert flagged(gate, threshold, texts("world_facts")) <= 3
         assert flagged(gate, threshold, texts("real_authors")) <= 1
-        for name in small_edits("", 0):
-            edited = [small_edits(text, 0)[name] for text in forget]
+        for name in EDITS:
+            edited = [press(name, text, 0) for text in forget]
             assert missed(gate, threshold, edited) <= 4, name
         wrapped = [f"Question: {text}\nAnswer:" for text in forget]
         assert missed(gate, threshold, wrapped) == 0
@@ -284,7 +271,7 @@ def roberta(folder):
     return str(folder)
 
 
-TRAINING = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8}
+TRAINING = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8, "edits": False}
 
 
 @pytest.fixture(scope="module", params=[bert, roberta])

@@ -15,10 +15,11 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "benchmarks"]
+    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "pressure", "benchmarks"]
     + [
         "results",
         "tokens",
+        "views",
         "gate_training",
         "gate",
         "forget",

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ecoprompt.data import Row, Source, check_columns, count_rows, fill, load_rows, sample, template_names
-from ecoprompt.metrics import ROW_INPUTS, Better, reads
-from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest
+from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
+from ecoprompt.pressure import press
+from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
 
 PACKAGE = Path(__file__).parent
 
@@ -71,6 +72,7 @@ def _check_config(template: str) -> None:
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 MetricName = Annotated[str, _as_value_error(metrics.__getitem__)]
+PressureName = Annotated[str, _as_value_error(pressures.__getitem__)]
 Template = Annotated[str, _as_value_error(template_names)]
 Config = Annotated[str, _as_value_error(_check_config)]
 
@@ -85,9 +87,13 @@ class ForgetSet(_Named):
 class Subset(_Named):
     """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
 
-    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own.
+    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `pressure`
+    rewrites the prompts; each of `pressures` makes a further subset of the same rows, called SUBSET_PRESSURE.
     """
 
+    hub: str | None = None
+    folder: str | None = None
+    local: str | None = None
     config: Config | None = None
     split: str | None = None
     prompt: Template | None = None
@@ -96,6 +102,13 @@ class Subset(_Named):
     alternatives: str | None = None
     metrics: dict[str, MetricName]
     forget: bool = False
+    pressure: PressureName | None = None
+    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a metric reads more of a row than what the gate says of its prompt."""
+        return any(map(asks_model, self.metrics.values()))
 
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
@@ -130,8 +143,13 @@ class GateSources(_Table):
 
 
 class Benchmark(_Named):
-    """A data set, how a prompt is made of a row, and how the answers are scored."""
+    """A data set, how a prompt is made of a row, and how the answers are scored.
 
+    `of` names the benchmark whose forget sets it shares; `pressures` are those of all subsets that state none.
+    """
+
+    of: str | None = None
+    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
     title: str = ""
     hub: str | None = None
     folder: str | None = None
@@ -155,16 +173,21 @@ class Benchmark(_Named):
 
     def model_post_init(self, context: Any) -> None:
         """Tell the inner tables their names."""
+        for name, subset in list(self.subsets.items()):
+            if "pressures" not in subset.model_fields_set:
+                self.subsets[name] = subset = subset.model_copy(update={"pressures": self.pressures})
+            for kind in subset.pressures:
+                self.subsets[f"{name}_{kind}"] = subset.model_copy(update={"pressure": kind, "pressures": ()})
         named: list[tuple[str, _Named]] = [*self.forget_sets.items(), *self.subsets.items()]
         for name, table in named:
             table._name = name
 
     def forget_set(self, name: str) -> ForgetSet:
         """The forget set of this name; raises InputError with the nearest one."""
-        if name not in self.forget_sets:
-            hint = nearest(name, self.forget_sets)
-            raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {hint}")
-        return self.forget_sets[name]
+        known: Mapping[str, ForgetSet] = benchmarks[self.of].forget_sets if self.of else self.forget_sets
+        if name not in known:
+            raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {nearest(name, known)}")
+        return known[name]
 
     def subset(self, name: str) -> Subset:
         """The subset of this name; raises InputError with the nearest one."""
@@ -177,7 +200,22 @@ class Benchmark(_Named):
         found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
         for subset in self.subsets.values():
             for key, metric in subset.metrics.items():
-                found[f"{subset.name}_{key}"] = "closer to retain" if subset.forget else metrics[metric].better
+                compared = subset.forget and asks_model(metric)
+                found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
+        return found
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether it needs a language model; without, it measures the gate alone."""
+        return any(subset.asks_model for subset in self.subsets.values())
+
+    def grid(self) -> dict[str, dict[str, str]]:
+        """For each subset that is put under pressure and each kind (first "none"), the column of its first metric."""
+        found: dict[str, dict[str, str]] = {}
+        for name, subset in self.subsets.items():
+            if subset.pressures:
+                first = next(iter(subset.metrics))
+                found[name] = {"none": f"{name}_{first}"} | {kind: f"{name}_{kind}_{first}" for kind in subset.pressures}
         return found
 
     def table_columns(self) -> tuple[str, ...]:
@@ -210,9 +248,9 @@ class Benchmark(_Named):
                 benchmark=self.name,
                 subset=subset,
                 index=index,
-                prompt=fill(prompt, row),
-                target=row[table.answer],
-                reference=row[table.reference or table.answer],
+                prompt=press(table.pressure, fill(prompt, row), seed),
+                target=row[table.answer] if table.asks_model else "",
+                reference=row[table.reference or table.answer] if table.asks_model else "",
                 alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
             )
             for index, row in sample(self.subset_rows(subset, forget, root), limit, seed)
@@ -260,16 +298,20 @@ class Benchmark(_Named):
     def _source(self, table: Subset | GateTexts, forget: str | ForgetSet | None) -> Source:
         config = self._filled(table.config, forget) if table.config else None
         split = table.split or self.split
-        if self.folder is not None:
-            return Source(config=config, split=split, path=str(self._base / self.folder / (config or split)))
-        return Source(hub=self.hub, config=config, split=split, revision=self.revision)
+        hub, folder, local, revision = self.hub, self.folder, None, self.revision
+        if isinstance(table, Subset) and (table.hub or table.folder):
+            hub, folder, local, revision = table.hub, table.folder, table.local, None
+        if folder is not None:
+            return Source(config=config, split=split, path=str(self._base / folder / (config or split)))
+        return Source(hub=hub, config=config, split=split, revision=revision, local=local)
 
     def _filled(self, template: str, forget: str | ForgetSet | None) -> str:
         """`template` with the names of the forget set and its retain set, which it need not use."""
         if not template_names(template):
             return template
         if forget is None:
-            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.forget_sets)}")
+            hint = f"one of {self.of}" if self.of else nearest("", self.forget_sets)
+            raise InputError(f"benchmark '{self.name}' needs a forget set; {hint}")
         forget_set = self.forget_set(forget if isinstance(forget, str) else forget.name)
         return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
 
@@ -277,7 +319,8 @@ class Benchmark(_Named):
         prompt = subset.prompt or self.prompt
         columns: dict[str, type] = dict.fromkeys(sorted(template_names(prompt)), object)
         columns |= dict.fromkeys(sorted(template_names(prompt, printed=True)), str)
-        columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
+        if subset.asks_model:
+            columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
         return columns | ({subset.alternatives: list} if subset.alternatives is not None else {})
 
 

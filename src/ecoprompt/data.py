@@ -30,13 +30,17 @@ _EXPECTED = {str: "text", list: "a list of at least one text", object: "a value"
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out)."""
+    """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out).
+
+    `local` is where a copy of a Hub data set is under the root of local data, if not where its name says.
+    """
 
     hub: str | None = None
     config: str | None = None
     split: str = "train"
     path: str | None = None
     revision: str | None = None
+    local: str | None = None
 
     @property
     def label(self) -> str:
@@ -77,9 +81,11 @@ def local_file(source: Source, root: Path | None = None) -> Path | None:
     """The file that holds `source`, None if it has to come from the Hub."""
     if source.path is not None:
         return _file(Path(source.path))
-    for folder in _folders(source, _root(root)):
+    base = _root(root)
+    named = [base / source.local] if base is not None and source.local is not None else []
+    for stem in [*named, *(folder / _stem(source) for folder in _folders(source, base))]:
         for suffix in SUFFIXES:
-            path = folder / f"{_stem(source)}{suffix}"
+            path = stem.with_name(stem.name + suffix)
             if path.is_file():
                 return path
     return None

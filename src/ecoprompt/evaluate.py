@@ -6,6 +6,8 @@ import gc
 import platform
 import shutil
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ from ecoprompt.scoring import Request, answer, log_prob
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
 STORE = "scores.jsonl"
+JUDGED = 64
+"""Prompts that a gate judges at a time where no model is asked."""
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
 
@@ -66,7 +70,8 @@ class Evaluated:
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
     runs = runs_of(recipe)
-    for run in runs:  # before any work: a wrong name is not to be found out an hour later
+    asks_model = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
+    for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
     items = _items(recipe)
     folder = output / recipe.name
@@ -78,7 +83,11 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     }
     done: dict[str, tuple[list[Asked], float, dict[str, Any] | None]] = {}
     claimed: set[str] = set()
-    for group in _by_model(runs):
+    for run in runs if not asks_model else ():
+        gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
+        asked, seconds = _judge(recipe, run, gate, items, _named(progress, run.name))
+        done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+    for group in _by_model(runs) if asks_model else ():
         loaded = load_model(group[0].model)
         for run in group:
             gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
@@ -109,6 +118,7 @@ def _conclude(
             "model": run.model.name,
         }
     tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
+    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     summary = {
         "recipe": recipe.name,
         "forget": recipe.data.forget if recipe.data else None,
@@ -116,12 +126,19 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "better": {name: way for table in tables for name, way in table.better().items()},
+        "grids": {table.name: table.grid() for table in tables if table.grid()},
+        "rows": {table.name: _counts(flat, table.name) for table in tables},
         "resolved": recipe.document(),
         "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
-    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     return Evaluated(summary, flat, write_results(folder, summary, flat))
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], benchmark: str) -> dict[str, int]:
+    """How many rows of each subset were evaluated."""
+    counted = Counter(row["subset"] for row in rows if row["benchmark"] == benchmark and row["run"] == rows[0]["run"])
+    return dict(counted)
 
 
 def _retain(run: str, values: Mapping[str, Any]) -> str:
@@ -167,7 +184,7 @@ def _tables(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSe
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        yield table, benchmark, named[1] if named and named[0].name == benchmark.name else None, root
+        yield table, benchmark, named[1] if named and named[0].name in (benchmark.name, benchmark.of) else None, root
 
 
 def _limit(table: EvaluateTable, subset: str) -> int | None:
@@ -236,6 +253,23 @@ def _run(
     return asked, seconds
 
 
+def _judge(
+    recipe: Recipe, run: Run, trained: TrainedGate | None, items: Sequence[Item], progress: Progress
+) -> tuple[list[Asked], float]:
+    """What a run's gate says of all rows, without a language model; and the seconds that it took."""
+    prefix = _prefix(recipe, run)
+    started = time.perf_counter()
+    asked = []
+    for start in range(0, len(items), JUDGED):
+        progress("judging the prompts", start, len(items))
+        some = items[start : start + JUDGED]
+        scores = trained.gate.score([prefix + item.prompt for item in some]) if trained else [None] * len(some)
+        for item, score in zip(some, scores, strict=True):
+            flagged = score is not None and trained is not None and not score <= trained.threshold
+            asked.append(Asked(item, {}, flagged, None if score is None else float(score)))
+    return asked, time.perf_counter() - started
+
+
 def _prefix(recipe: Recipe, run: Run) -> str:
     """What stands before every prompt of a run, with the names of the forget set's targets filled in."""
     if run.prefix is None:
@@ -271,7 +305,7 @@ def _row(asked: Asked, store: Store) -> dict[str, Any]:
     item = asked.item
     subset = benchmarks[item.benchmark].subset(item.subset)
     stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
-    read: dict[str, Any] = {"target": item.target}
+    read: dict[str, Any] = {"target": item.target, "flagged": float(asked.flagged)}
     for name, found in stored.items():
         if name == "generation":
             read[name] = found[0]

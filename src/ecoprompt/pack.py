@@ -14,8 +14,9 @@ import numpy as np
 
 from ecoprompt.benchmarks import GateData, parse_forget
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import Gate, GateTexts, conformal_threshold, hold_out, load_gate, small_edits
+from ecoprompt.gate import Gate, GateTexts, calibration_scores, conformal_threshold, hold_out, load_gate
 from ecoprompt.models import out_of_reach
+from ecoprompt.pressure import press
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
 from ecoprompt.results import write_text_atomic
@@ -23,6 +24,8 @@ from ecoprompt.results import write_text_atomic
 PACK = "forget.toml"
 OUTPUT = Path("results")
 SPEC = ("tokens", "corruption")
+EDITS = ("lower_case", "upper_case", "no_punctuation", "typos", "extra_spaces")
+"""The pressures under which a pack's gate is measured; `evaluate` measures it under all (recipe `robustness`)."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,16 @@ def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> T
         conformal_threshold(np.zeros(len(held_out)), table.threshold.false_positive_rate)  # too few? say so at once
     gate = _make_gate(table, texts, seed, progress)
     if isinstance(table.threshold, Calibration):
-        threshold = conformal_threshold(gate.score(held_out), table.threshold.false_positive_rate)
+        scores = calibration_scores(gate, held_out, seed)
+        threshold = conformal_threshold(scores, table.threshold.false_positive_rate)
     else:
         threshold = table.threshold
     sets: dict[str, tuple[list[str], int]] = {"forget set": (texts.positive, 1), "retain set": (texts.negative, 0)}
     if held_out:
         sets["retain set, held out"] = (held_out, 0)
     sets |= {name.replace("_", " "): check for name, check in data.checks.items()}
-    edits = [small_edits(text, seed) for text in texts.positive]
-    sets |= {f"forget set, {name.replace('_', ' ')}": ([edit[name] for edit in edits], 1) for name in edits[0]}
+    edited = {name: [press(name, text, seed) for text in texts.positive] for name in EDITS}
+    sets |= {f"forget set, {name.replace('_', ' ')}": (prompts, 1) for name, prompts in edited.items()}
     measured = []
     for number, (name, (prompts, label)) in enumerate(sets.items()):
         progress("measuring the gate", number, len(sets))

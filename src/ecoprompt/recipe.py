@@ -160,7 +160,7 @@ class Run:
 
     @property
     def guarded(self) -> bool:
-        return self.corruption is not None
+        return self.gate is not None
 
 
 def digest(*parts: Any) -> str:
@@ -325,12 +325,13 @@ def _check_runs(raw: Mapping[str, Any]) -> list[str]:
     """What runs need and neither they nor the other tables say."""
     problems = []
     model, gate, runs = (raw.get(name, {}) for name in ("model", "gate", "run"))
+    gate_alone = not _asks_model(raw)
     for name, run in runs.items() if isinstance(runs, dict) else ():
         if not isinstance(run, dict):
             continue
-        if "model" not in run and isinstance(model, dict) and "name" not in model:
+        if "model" not in run and isinstance(model, dict) and "name" not in model and not gate_alone:
             problems.append(f"'run.{name}.model': [run.{name}] names no model and there is no [model] name")
-        if run.get("forget") is True and "corruption" not in run and "corruption" not in raw:
+        if run.get("forget") is True and "corruption" not in run and "corruption" not in raw and not gate_alone:
             problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is no [corruption]")
         if run.get("forget") is True and "data" not in raw and isinstance(gate, dict) and "classifier" not in gate:
             lacking = "neither [data] forget nor [gate] classifier"
@@ -338,6 +339,14 @@ def _check_runs(raw: Mapping[str, Any]) -> list[str]:
         if "corruption" in run and run.get("forget", False) is False:
             problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
     return problems
+
+
+def _asks_model(raw: Mapping[str, Any]) -> bool:
+    """Whether a benchmark of the recipe needs a language model; a recipe without a benchmark is taken to."""
+    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
+    names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
+    known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
+    return any(benchmark.asks_model for benchmark in known) or not known
 
 
 def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:

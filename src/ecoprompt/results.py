@@ -199,6 +199,45 @@ def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table
     return shown
 
 
+def grid_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """For each run and benchmark under pressure, a table of kinds and sets with the gate's error rates."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = []
+    for run, title, cells in _grids(summary):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table.title, table.title_justify = Text(f"{run}: {title}"), "left"
+        for number, heading in enumerate(cells[0]):
+            table.add_column(Text(heading.replace(" ", "\n")), justify="right" if number else "left", no_wrap=True)
+        for row in cells[1:]:
+            table.add_row(*map(Text, row))
+        shown.append(table)
+    return shown
+
+
+def _grids(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, list[list[str]]]]:
+    """(run, title, cells) of each benchmark under pressure that a guarded run was evaluated on."""
+    for benchmark, sets in summary.get("grids", {}).items():
+        kinds = list(dict.fromkeys(kind for columns in sets.values() for kind in columns))
+        for run, entry in summary["runs"].items():
+            if not entry.get("gate"):
+                continue
+            head = ["pressure", *(name.replace("_", " ") for name in sets)]
+            rows = [
+                [kind.replace("_", " "), *(_rate(entry["metrics"].get(sets[name].get(kind, ""))) for name in sets)]
+                for kind in kinds
+            ]
+            counts = summary.get("rows", {}).get(benchmark, {})
+            prompts = ["prompts", *(str(counts.get(name, "–")) for name in sets)]
+            yield run, f"{benchmark}, missed (forget) or falsely flagged (others), %", [head, *rows, prompts]
+
+
+def _rate(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}"
+
+
 def _title(summary: Mapping[str, Any]) -> str:
     return ": ".join(str(summary[part]) for part in ("recipe", "forget") if summary.get(part))
 
@@ -262,7 +301,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
             [f"gate: {name.replace('_', ' ')}", *(number((r.get("gate") or {}).get(name)) for r in runs.values())]
         )
     legend = _legend(summary, _every(summary))
-    parts = [f"# {_title(summary)}", _markdown_table(short), _markdown_table(full), *([legend] if legend else [])]
+    grids = [part for run, title, cells in _grids(summary) for part in (f"{run}: {title}", _markdown_table(cells))]
+    parts = [f"# {_title(summary)}", _markdown_table(short), *grids, _markdown_table(full), *([legend] if legend else [])]
     return "\n\n".join(parts) + "\n"
 
 
