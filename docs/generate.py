@@ -15,7 +15,7 @@ from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
 from ecoprompt.recipe import OPEN, Recipe, shipped
-from ecoprompt.registry import Registry, aggregates, benchmarks, metrics
+from ecoprompt.registry import Registry, aggregates, benchmarks, metrics, pressures
 from ecoprompt.sweep import SWEPT
 
 DOCS = Path(__file__).parent
@@ -108,6 +108,9 @@ def measures_page() -> str:
     for name in benchmarks:
         parts += _benchmark(benchmarks[name])
     parts += ["## Metrics", "One value for each row.", table(["metric", "reads", "better", "value"], _metric_rows())]
+    rows = [[f"`{name}`", _summary(pressures[name])] for name in pressures]
+    parts += ["## Pressures", "Ways to write a prompt so that it asks the same; the same each time for a seed."]
+    parts += [table(["pressure", "the prompt"], rows)]
     parts += ["## Aggregates", "One value for each run, made of its rows' values."]
     rows = [
         [f"`{name}`", aggregates[name].better, _defaults(aggregates, name) or "–", _summary(aggregates[name])]
@@ -136,7 +139,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         [f"`{benchmark.name}/{name}`", str(len(one.targets)), _count(benchmark, name), f"`{one.retain}`"]
         for name, one in benchmark.forget_sets.items()
     ]
-    first = next(iter(benchmark.forget_sets), None)
+    known = benchmarks[benchmark.of].forget_sets if benchmark.of else benchmark.forget_sets
+    first = next(iter(known), None)
     counts = benchmark.dry_rows(first) if first else {}
     subsets = [
         [
@@ -146,14 +150,23 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()),
         ]
         for name, subset in benchmark.subsets.items()
+        if subset.pressure is None
     ]
+    forms = [name for name in pressures if any(subset.pressure == name for subset in benchmark.subsets.values())]
     parts = [
         f"## Benchmark {benchmark.name}",
-        f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.",
-        table(["forget set", "targets", "rows", "retain set"], sets),
+        f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens."
+        if benchmark.asks_model
+        else f"{benchmark.title}. {source}.",
+        f"It has the forget sets of `{benchmark.of}`."
+        if benchmark.of
+        else table(["forget set", "targets", "rows", "retain set"], sets),
         table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets),
-        f"Aggregates: {', '.join(f'`{name}`' for name in benchmark.aggregates)}.",
     ]
+    if forms:
+        parts.append(f"Each subset is asked again under pressure, as `SUBSET_PRESSURE`: {_list(forms)}.")
+    if benchmark.aggregates:
+        parts.append(f"Aggregates: {_list(benchmark.aggregates)}.")
     if benchmark.gate:
         positive, negative = (
             ", ".join(f"`{texts.config}`" for texts in part)

@@ -154,6 +154,63 @@ def test_the_summary_holds_what_is_promised(whole):
     assert len(lines) == 3 * 16
 
 
+PRESSED = {
+    "of": "toy",
+    "folder": "data",
+    "prompt": "{{ question }}",
+    "max_length": 60,
+    "pressures": ["upper_case", "composite"],
+    "subsets": {
+        "asked": {"config": "forget", "forget": True, "metrics": {"missed": "missed"}},
+        "kept": {"config": "{{ retain }}", "metrics": {"alarms": "falsely_flagged"}},
+        "plain": {"config": "facts", "metrics": {"alarms": "falsely_flagged"}, "pressures": []},
+    },
+}
+GATE_ALONE = """
+[data]
+forget = "toy/people"
+[gate]
+features = 16384
+[run.eco]
+forget = true
+[run.nothing]
+[[evaluate]]
+benchmark = "pressed"
+"""
+
+
+def test_a_gate_is_evaluated_without_a_model(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks._items, "pressed", declare("pressed", PRESSED, root))
+    for name in ("load_model", "locate"):
+        monkeypatch.setattr(f"ecoprompt.evaluate.{name}", lambda *_: pytest.fail("a model was asked for"))
+    (tmp_path / "alone.toml").write_text(GATE_ALONE)
+    found = evaluate(load_recipe(str(tmp_path / "alone.toml")), tmp_path)
+    pressed = [row for row in found.rows if row["run"] == "eco" and row["subset"] == "asked_upper_case"]
+    assert [row["prompt"] for row in pressed] == [row["question"].upper() for row in rows(PEOPLE)]
+    for row in found.rows:
+        assert row["values"] in ({"missed": float(not row["flagged"])}, {"alarms": float(row["flagged"])})
+        assert (row["score"] is None) == (row["run"] == "nothing")
+    eco, nothing = (metrics(found)[run] for run in ("eco", "nothing"))
+    assert eco.keys() == {
+        *(f"asked{kind}_missed" for kind in ("", "_upper_case", "_composite")),
+        *(f"kept{kind}_alarms" for kind in ("", "_upper_case", "_composite")),
+        "plain_alarms",
+    }
+    assert eco["asked_missed"] == eco["asked_upper_case_missed"] == eco["kept_alarms"] == 0
+    assert all(value == float(name.startswith("asked")) for name, value in nothing.items())
+    assert set(found.summary["better"].values()) == {"lower"}
+    assert found.summary["rows"]["pressed"]["kept_composite"] == 8
+    table = (tmp_path / "alone" / "table.md").read_text()
+    assert "| pressure | asked | kept |" in table
+    assert "| composite | 0.00 | 0.00 |" in table
+    assert "| prompts | 4 | 8 |" in table
+
+
+def test_pressures_that_are_none_are_refused():
+    with pytest.raises(InputError, match="no pressure 'upercase'; did you mean 'upper_case'"):
+        declare("pressed", {**PRESSED, "pressures": ["upercase"]})
+
+
 def test_numbers_follow_from_the_rows(whole):
     _, found, _ = whole
     assert metrics(found)["retain"]["forget_quality"] == 1.0  # a run against itself

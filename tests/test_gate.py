@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecoprompt.gate import (
+    CALIBRATED,
     GateTexts,
     LinearGate,
     TransformerGate,
@@ -24,7 +25,7 @@ from ecoprompt.gate import (
 )
 from ecoprompt.pack import EDITS
 from ecoprompt.pressure import press
-from ecoprompt.registry import EcopromptError, InputError, gates
+from ecoprompt.registry import EcopromptError, InputError, gates, pressures
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
@@ -50,6 +51,12 @@ TOY = GateTexts(
 @pytest.fixture(scope="module")
 def toy_gate():
     return linear(TOY, 0, features=2**12)
+
+
+@pytest.fixture(scope="module")
+def short_gate():
+    """Of windows as long as the prompts."""
+    return linear(TOY, 0, features=2**14, window=8)
 
 
 def test_linear_tells_its_texts_apart(toy_gate):
@@ -192,6 +199,47 @@ def test_conformal_coverage_holds_whichever_prompt_is_the_new_one(scores, rate):
         scores[new] > conformal_threshold(np.array(scores[:new] + scores[new + 1 :]), rate) for new in range(n + 1)
     ]
     assert sum(flagged) * 1000 <= round(rate * 1000) * (n + 1)
+
+
+def test_conformal_rate_over_random_splits_is_at_most_the_asked_one():
+    """Exponential scores (closed form): over 200 splits the realised rate has mean floor((n + 1) a) / (n + 1)."""
+    generator = np.random.default_rng(0)
+    realised = []
+    for _ in range(200):
+        scores = 1 - np.exp(-generator.exponential(size=1099))
+        threshold = conformal_threshold(scores[:99], 0.05)
+        realised.append((scores[99:] > threshold).mean())
+    # 5 of 100 exchangeable scores lie above the 95th smallest of 99: the rate is Beta(5, 95), of deviation 0.0217.
+    assert abs(np.mean(realised) - 0.05) < 3 * 0.0217 / np.sqrt(200)
+
+
+def test_calibration_counts_the_views():
+    """The score that calibrates is the highest of a prompt's forms, so that no form of it scores higher."""
+
+    class Counting:
+        kind = "counting"
+
+        def score(self, texts):
+            return np.array([len(text) / 1000 for text in texts])
+
+    prompts = ["Who is Ed Low?", "Where does Ann live, and since when?"]
+    scores = calibration_scores(Counting(), prompts, 0)
+    forms = [[press(name, text, 0) for name in (None, *CALIBRATED)] for text in prompts]
+    assert scores.tolist() == [max(map(len, group)) / 1000 for group in forms]
+
+
+def test_a_gate_of_an_earlier_version_is_refused(tmp_path, toy_gate):
+    toy_gate.save(tmp_path)
+    settings = (tmp_path / "gate.toml").read_text(encoding="utf-8")
+    (tmp_path / "gate.toml").write_text(settings.replace("format = 2\n", ""), encoding="utf-8")
+    with pytest.raises(InputError, match="made by another version of ecoprompt"):
+        load_gate(tmp_path, "linear")
+
+
+@pytest.mark.parametrize("name", [name for name in pressures if name not in ("keywords", "cloze", "typos")])
+def test_linear_holds_under_pressure(short_gate, name):
+    some = TOY.positive[::8]
+    assert missed(short_gate, 0.5, [press(name, text, 0) for text in some]) == 0
 
 
 def test_conformal_coverage_is_not_wasteful():

@@ -15,8 +15,9 @@ import ecoprompt
 
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
-    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "pressure", "benchmarks"]
+    ["registry", "zeroth", "sweep", "recipe", "corruption", "losses", "metrics", "data", "models", "pressure"]
     + [
+        "benchmarks",
         "results",
         "tokens",
         "views",

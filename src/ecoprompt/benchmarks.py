@@ -209,15 +209,6 @@ class Benchmark(_Named):
         """Whether it needs a language model; without, it measures the gate alone."""
         return any(subset.asks_model for subset in self.subsets.values())
 
-    def grid(self) -> dict[str, dict[str, str]]:
-        """For each subset that is put under pressure and each kind (first "none"), the column of its first metric."""
-        found: dict[str, dict[str, str]] = {}
-        for name, subset in self.subsets.items():
-            if subset.pressures:
-                first = next(iter(subset.metrics))
-                found[name] = {"none": f"{name}_{first}"} | {kind: f"{name}_{kind}_{first}" for kind in subset.pressures}
-        return found
-
     def table_columns(self) -> tuple[str, ...]:
         """The columns of the table on the terminal: `columns`, else the aggregates and what is read off forget sets."""
         forget_subsets = [subset for subset in self.subsets.values() if subset.forget]

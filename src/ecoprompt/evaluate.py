@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from ecoprompt.models import Loaded, encode, load_model, locate, render, render_
 from ecoprompt.pack import OUTPUT, TrainedGate, make_forget, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
-from ecoprompt.results import Store, write_results
+from ecoprompt.results import Store, count_rows, grid, write_results
 from ecoprompt.scoring import Request, answer, log_prob
 
 RETAIN = "retain"
@@ -126,19 +125,13 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "better": {name: way for table in tables for name, way in table.better().items()},
-        "grids": {table.name: table.grid() for table in tables if table.grid()},
-        "rows": {table.name: _counts(flat, table.name) for table in tables},
+        "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
+        "rows": count_rows(flat),
         "resolved": recipe.document(),
         "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
     return Evaluated(summary, flat, write_results(folder, summary, flat))
-
-
-def _counts(rows: Sequence[Mapping[str, Any]], benchmark: str) -> dict[str, int]:
-    """How many rows of each subset were evaluated."""
-    counted = Counter(row["subset"] for row in rows if row["benchmark"] == benchmark and row["run"] == rows[0]["run"])
-    return dict(counted)
 
 
 def _retain(run: str, values: Mapping[str, Any]) -> str:

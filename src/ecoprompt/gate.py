@@ -42,7 +42,7 @@ class GateTexts:
 
 
 class Gate(Protocol):
-    """Scores in 0..1 for prompts, 1 for what must be forgotten; of a text's views, the one that scores highest counts."""
+    """Scores in 0..1 for prompts, 1 for what must be forgotten; of a text's views the highest score counts."""
 
     @property
     def kind(self) -> str: ...
@@ -255,8 +255,8 @@ def transformer(
 
     The defaults are the paper's. The loss weighs each class by its inverse frequency, and the epoch kept is the one
     that misses the fewest training prompts to flag at the threshold `select_at`, then flags the fewest others.
-    Every window of a training text carries the text's label. With `edits`, each text is learned from a second time, with
-    an edit or in another wording, and everyday questions are learned as what is to be let through.
+    Every window of a training text carries the text's label. With `edits`, each text is learned from a second time,
+    with an edit or in another wording, and everyday questions are learned as what is to be let through.
     """
     if classifier is not None:
         return _pretrained(classifier, max_length, batch_size)
@@ -364,7 +364,8 @@ def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, li
 def calibration_scores(gate: Gate, prompts: Sequence[str], seed: int) -> np.ndarray:
     """[N] the highest score of each prompt as it is and under the pressures CALIBRATED, so that every view counts."""
     forms = [press(name, text, seed) for name in (None, *CALIBRATED) for text in prompts]
-    return np.asarray(gate.score(forms)).reshape(-1, len(prompts)).max(axis=0)
+    highest: np.ndarray = np.asarray(gate.score(forms)).reshape(-1, len(prompts)).max(axis=0)
+    return highest
 
 
 def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float) -> float:

@@ -32,7 +32,7 @@ def fine_tune(
     """
     rows = [{"input_ids": ids, "labels": label} for group, label in zip(windows, labels, strict=True) for ids in group]
     starts = np.cumsum([0, *map(len, windows[: judged - 1])])
-    counts = np.bincount([row["labels"] for row in rows], minlength=2)
+    counts = np.bincount(np.repeat(labels, list(map(len, windows))), minlength=2)
     positive = np.array(labels[:judged]) == 1
     weight = torch.tensor(len(rows) / (2 * counts), dtype=torch.float32)
 

@@ -200,21 +200,47 @@ def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table
 
 
 def grid_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """For each run and benchmark under pressure, a table of kinds and sets with the gate's error rates."""
+    """For each run and benchmark under pressure, tables of kinds and at most six sets with the gate's error rates."""
+    shown = []
+    for run, title, whole in _grids(summary):
+        for first in range(1, len(whole[0]), 6):
+            cells = [[row[0], *row[first : first + 6]] for row in whole]
+            shown.append(_grid_table(f"{run}: {title}", cells))
+    return shown
+
+
+def _grid_table(title: str, cells: Sequence[Sequence[str]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown = []
-    for run, title, cells in _grids(summary):
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        table.title, table.title_justify = Text(f"{run}: {title}"), "left"
-        for number, heading in enumerate(cells[0]):
-            table.add_column(Text(heading.replace(" ", "\n")), justify="right" if number else "left", no_wrap=True)
-        for row in cells[1:]:
-            table.add_row(*map(Text, row))
-        shown.append(table)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.title, shown.title_justify = Text(title), "left"
+    for number, heading in enumerate(cells[0]):
+        shown.add_column(Text(heading.replace(" ", "\n")), justify="right" if number else "left", no_wrap=True)
+    for row in cells[1:]:
+        shown.add_row(*map(Text, row))
     return shown
+
+
+def grid(subsets: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The column of the first metric of each subset, by the pressures it is put under; "none" is the first of these."""
+    found: dict[str, dict[str, str]] = {}
+    for name, subset in subsets.items():
+        if subset.pressure is None:
+            kinds = {"none": name} | {kind: f"{name}_{kind}" for kind in subset.pressures}
+            found[name] = {kind: f"{full}_{next(iter(subset.metrics))}" for kind, full in kinds.items()}
+    return found
+
+
+def count_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many rows of each benchmark's subsets each run was asked."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["run"] == rows[0]["run"]:
+            of = counts.setdefault(row["benchmark"], {})
+            of[row["subset"]] = of.get(row["subset"], 0) + 1
+    return counts
 
 
 def _grids(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, list[list[str]]]]:
@@ -302,8 +328,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
         )
     legend = _legend(summary, _every(summary))
     grids = [part for run, title, cells in _grids(summary) for part in (f"{run}: {title}", _markdown_table(cells))]
-    parts = [f"# {_title(summary)}", _markdown_table(short), *grids, _markdown_table(full), *([legend] if legend else [])]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"# {_title(summary)}", _markdown_table(short), *grids, _markdown_table(full), legend or ""]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _markdown_table(cells: Sequence[Sequence[str]]) -> str:
