@@ -24,8 +24,9 @@ from ecoprompt.gate import (
     transformer,
 )
 from ecoprompt.pack import EDITS
-from ecoprompt.pressure import press
+from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, gates, pressures
+from ecoprompt.views import parts, word_windows
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
@@ -94,6 +95,16 @@ def test_linear_scores_a_long_text_by_its_highest_window():
     assert gate.score([" ".join(words)])[0] == expected
     buried = " ".join(TOY.negative[:40] + TOY.positive[:1] + TOY.negative[:40])
     assert gate.score([buried])[0] > 0.5
+
+
+@pytest.mark.parametrize("filler", [40, 600, 3000, 6000])
+def test_linear_asks_more_of_one_view_among_many(filler):
+    """One word a line, all of them other words: as many views as lines, and those of the whole text."""
+    gate = LinearGate(np.zeros(2**10, np.float32), 2.0, word_ngrams=1, char_ngrams=3, window=filler)
+    lines = [f"w{number} a b c" for number in range(filler // 4)]
+    views = len(lines) + len(word_windows(" ".join(lines), filler))
+    odds = gate.score(["\n".join(lines)])[0] / (1 - gate.score(["\n".join(lines)])[0])
+    assert odds == pytest.approx(math.e**2 / min(max(1, views / 32), 32) ** 0.9)
 
 
 def test_linear_repeats_and_survives_saving(tmp_path, toy_gate):
@@ -377,6 +388,32 @@ def test_transformer_windows_cover_every_token(trained):
     whole = gate.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert all(len(window) <= gate.window for window in windows)
     assert inner[0] + [i for window in inner[1:] for i in window[11:]] == whole
+
+
+def test_transformer_judges_each_sentence_and_what_is_seen(trained):
+    gate, _ = trained
+    asked, other = TOY.positive[0], TOY.negative[0]
+    text = f"{other} {asked} {other}"
+    assert gate.score([text])[0] == pytest.approx(max(gate.score([text, *parts(text)])), abs=1e-6)
+    assert gate.score([text])[0] >= gate.score([asked])[0] - 1e-6
+    hidden = "".join(f"{letter}\u200b" for letter in asked)
+    assert gate.score([hidden])[0] >= gate.score([asked])[0] - 1e-6
+
+
+def test_transformer_practises_on_edited_copies(tmp_path, monkeypatch):
+    from ecoprompt import gate_training
+
+    seen = []
+
+    def record(model, tokenizer, windows, labels, judged, *rest):
+        seen.append((len(windows), sum(labels), judged))
+
+    monkeypatch.setattr(gate_training, "fine_tune", record)
+    base = bert(tmp_path / "base")
+    for edits in (False, True):
+        transformer(TOY, 0, base=base, edits=edits)
+    extra = len(rehearse([(text, 1) for text in TOY.positive] + [(text, 0) for text in TOY.negative], ~0, copies=1))
+    assert seen == [(96, 32, 96), (96 + extra, 64, 96)]
 
 
 def test_transformer_training_repeats(tmp_path):

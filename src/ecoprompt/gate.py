@@ -29,6 +29,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
 CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
 """The pressures under which a threshold is calibrated, beside the plain prompts."""
+VIEWS, MOST, DISCOUNT = 32, 32, 0.9
 FORMAT = 2
 """Of the linear gate's features; weights made for others say nothing about these."""
 
@@ -56,7 +57,9 @@ class LinearGate:
 
     Reads letters and digits alone: case, accents, look-alikes and white space change no score. Whether an n-gram
     occurs counts, not its share of the text, so that words around a question do not dilute it; and each sentence is
-    judged on its own as well.
+    judged on its own as well. Past VIEWS of them, the odds of the highest are divided by (views / VIEWS) ** DISCOUNT,
+    as in a long document one of many views looks like a question by chance; at most by MOST ** DISCOUNT, so that
+    padding hides nothing.
     """
 
     weights: np.ndarray
@@ -73,9 +76,11 @@ class LinearGate:
         if not flat:
             return np.zeros(len(texts))
         features = _ngrams(flat, self.word_ngrams, self.char_ngrams, len(self.weights))
-        logits = features @ self.weights.astype(np.float64) + self.intercept
-        found = dict(zip(flat, np.exp(-np.logaddexp(0.0, -logits)), strict=True))
-        return np.array([max((found[window] for window in group), default=0.0) for group in windows])
+        logits = dict(zip(flat, features @ self.weights.astype(np.float64) + self.intercept, strict=True))
+        highest = [max((logits[window] for window in group), default=-np.inf) for group in windows]
+        many = np.clip([len(group) / VIEWS for group in windows], 1, MOST)
+        scores: np.ndarray = np.exp(-np.logaddexp(0.0, DISCOUNT * np.log(many) - highest))
+        return scores
 
     def save(self, folder: Path) -> None:
         """Write the weights (safetensors) and what the features depend on (TOML)."""
