@@ -27,6 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 SEED = 2026
+SPLITS = 2000
 PAIRS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 Gate = Any
 
@@ -162,24 +163,24 @@ def under_pressure(data: Path, gate: Gate, options: argparse.Namespace) -> None:
 
 
 def conformal(data: Path) -> None:
-    """The realised rate of false flags over 200 random splits of held-out prompts into calibration and test."""
+    """The realised rate of false flags over random splits of held-out prompts into calibration and test."""
     from ecoprompt.gate import GateTexts, calibration_scores, conformal_threshold, hold_out, linear
 
-    heading("Conformal threshold, 200 splits", ["asked", "scores of", "mean realised", "largest"])
+    heading(f"Conformal threshold, {SPLITS} splits", ["asked", "prompts", "mean realised", "standard error"])
     texts, held_out = hold_out(GateTexts(tofu(data, "forget10"), tofu(data, "retain90")), 0.5, 0)
     gate = linear(texts, 0)
     plain, highest = np.asarray(gate.score(held_out)), calibration_scores(gate, held_out, 0)
     generator = np.random.default_rng(0)
     for rate in (0.01, 0.05):
-        realised: dict[str, list[float]] = {"the same kind": [], "plain prompts": []}
-        for _ in range(200):
+        realised: dict[str, list[float]] = {"as they are or edited": [], "as they are": []}
+        for _ in range(SPLITS):
             order = generator.permutation(len(held_out))
             half = len(order) // 2
             threshold = conformal_threshold(highest[order[:half]], rate)
-            realised["the same kind"].append(float((highest[order[half:]] > threshold).mean()))
-            realised["plain prompts"].append(float((plain[order[half:]] > threshold).mean()))
+            realised["as they are or edited"].append(float((highest[order[half:]] > threshold).mean()))
+            realised["as they are"].append(float((plain[order[half:]] > threshold).mean()))
         for name, values in realised.items():
-            line([f"{rate:.0%}", name, f"{np.mean(values):.3%}", f"{max(values):.2%}"])
+            line([f"{rate:.0%}", name, f"{np.mean(values):.3%}", f"{np.std(values) / SPLITS**0.5:.3%}"])
 
 
 def cost(data: Path, gate: Gate) -> None:
