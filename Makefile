@@ -21,6 +21,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/tofu_mini.py
+	$(BIN)/python tests/bench/gate.py
 
 clean:
 	rm -rf .venv results

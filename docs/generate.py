@@ -21,7 +21,7 @@ from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
 from ecoprompt.recipe import OPEN, Recipe, shipped
-from ecoprompt.registry import Registry, aggregates, benchmarks, metrics
+from ecoprompt.registry import Registry, aggregates, benchmarks, metrics, pressures
 from ecoprompt.sources import GateTexts
 from ecoprompt.sweep import SWEPT
 
@@ -146,6 +146,9 @@ def measures_page() -> str:
         table(["gate", "forget set", "threshold"], _published()),
     ]
     parts += ["## Metrics", "One value for each row.", table(["metric", "reads", "better", "value"], _metric_rows())]
+    rows = [[f"`{name}`", _summary(pressures[name])] for name in pressures]
+    parts += ["## Pressures", "Ways to write a prompt so that it asks the same; the same each time for a seed."]
+    parts += [table(["pressure", "the prompt"], rows)]
     parts += ["## Aggregates", "One value for each run, made of its rows' values."]
     rows = [
         [f"`{name}`", aggregates[name].better, _defaults(aggregates, name) or "–", _summary(aggregates[name])]
@@ -196,7 +199,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         [f"`{benchmark.name}/{name}`", str(len(one.targets)), _count(benchmark, name), f"`{one.retain}`"]
         for name, one in benchmark.forget_sets.items()
     ]
-    first = next(iter(benchmark.forget_sets), None)
+    known = benchmarks[benchmark.of].forget_sets if benchmark.of else benchmark.forget_sets
+    first = next(iter(known), None)
     counts = benchmark.dry_rows(first) if first else {}
     subsets = [
         [
@@ -206,18 +210,26 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _drawn(subset),
         ]
         for name, subset in benchmark.subsets.items()
+        if subset.pressure is None
     ]
     parts = [f"## Benchmark {benchmark.name}"]
-    if subsets:
+    if subsets and not benchmark.asks_model:
+        parts.append(f"{benchmark.title}. {source}.")
+    elif subsets:
         parts.append(f"{benchmark.title}. {source}; a prompt and its answer share {benchmark.max_length} tokens.")
     elif sets:
         parts.append(f"{benchmark.title}. For gates: it has no rows to evaluate.")
     else:
         parts.append(f"{benchmark.title}. What no gate should flag: `[data] checks` measures a gate on it.")
+    if benchmark.of:
+        parts.append(f"It has the forget sets of `{benchmark.of}`.")
     if sets:
         parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
     if subsets:
         parts.append(table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets))
+        forms = [name for name in pressures if any(one.pressure == name for one in benchmark.subsets.values())]
+        if forms:
+            parts.append(f"Each subset is asked again under pressure, as `SUBSET_PRESSURE`: {_list(forms)}.")
         if benchmark.aggregates:
             parts.append(f"Aggregates: {_list(benchmark.aggregates)}.")
     return [*parts, *_gate_sources(benchmark)]

@@ -102,6 +102,15 @@ def test_a_hub_data_set_is_found_under_the_root(tmp_path, monkeypatch, folder):
     assert load_rows(source) == ROWS
 
 
+def test_a_local_copy_may_have_a_name_of_its_own(tmp_path):
+    put(tmp_path / "questions" / "v1.0.jsonl", lines(ROWS))
+    source = Source(hub="a/b", config="all", split="test", local="questions/v1.0")
+    assert load_rows(source, tmp_path) == ROWS
+    put(tmp_path / "b" / "all.jsonl", lines(ROWS[:1]))
+    assert load_rows(source, tmp_path) == ROWS
+    assert load_rows(Source(hub="a/b", config="all", local="questions/v2"), tmp_path) == ROWS[:1]
+
+
 def test_the_root_that_is_given_comes_before_the_environment(tmp_path, monkeypatch):
     put(tmp_path / "one" / "set" / "train.jsonl", lines(ROWS))
     put(tmp_path / "two" / "set" / "train.jsonl", lines(ROWS[:1]))

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -44,7 +45,8 @@ TABLE = {
 }
 SAMPLED = {"leak": "leak_at_k", "sampled": "sampled_rouge_l_recall", "greedy": "rouge_l_recall"}
 SAMPLING = {
-    **{key: TABLE[key] for key in ("folder", "prompt", "max_length", "forget_sets")},
+    **{key: TABLE[key] for key in ("folder", "prompt", "max_length")},
+    "of": "toy",
     "columns": ["forget_leak"],
     "subsets": {
         "forget": {"config": "forget", "forget": True, "metrics": SAMPLED, "samples": 4, "temperature": 0.02},
@@ -163,6 +165,63 @@ def test_the_summary_holds_what_is_promised(whole):
     lines = (tmp_path / "toy" / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == json.loads(to_json(found.rows))
     assert len(lines) == 3 * 16
+
+
+PRESSED = {
+    "of": "toy",
+    "folder": "data",
+    "prompt": "{{ question }}",
+    "max_length": 60,
+    "pressures": ["upper_case", "composite"],
+    "subsets": {
+        "asked": {"config": "forget", "forget": True, "metrics": {"missed": "missed"}},
+        "kept": {"config": "{{ retain }}", "metrics": {"alarms": "falsely_flagged"}},
+        "plain": {"config": "facts", "metrics": {"alarms": "falsely_flagged"}, "pressures": []},
+    },
+}
+GATE_ALONE = """
+[data]
+forget = "toy/people"
+[gate]
+features = 16384
+[run.eco]
+forget = true
+[run.nothing]
+[[evaluate]]
+benchmark = "pressed"
+"""
+
+
+def test_a_gate_is_evaluated_without_a_model(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks._items, "pressed", declare("pressed", PRESSED, root))
+    for name in ("load_model", "locate"):
+        monkeypatch.setattr(f"ecoprompt.evaluate.{name}", lambda *_: pytest.fail("a model was asked for"))
+    (tmp_path / "alone.toml").write_text(GATE_ALONE)
+    found = evaluate(load_recipe(str(tmp_path / "alone.toml")), tmp_path)
+    pressed = [row for row in found.rows if row["run"] == "eco" and row["subset"] == "asked_upper_case"]
+    assert [row["prompt"] for row in pressed] == [row["question"].upper() for row in rows(PEOPLE)]
+    for row in found.rows:
+        assert row["values"] in ({"missed": float(not row["flagged"])}, {"alarms": float(row["flagged"])})
+        assert (row["score"] is None) == (row["run"] == "nothing")
+    eco, nothing = (metrics(found)[run] for run in ("eco", "nothing"))
+    assert eco.keys() == {
+        *(f"asked{kind}_missed" for kind in ("", "_upper_case", "_composite")),
+        *(f"kept{kind}_alarms" for kind in ("", "_upper_case", "_composite")),
+        "plain_alarms",
+    }
+    assert eco["asked_missed"] == eco["asked_upper_case_missed"] == eco["kept_alarms"] == 0
+    assert all(value == float(name.startswith("asked")) for name, value in nothing.items())
+    assert set(found.summary["better"].values()) == {"lower"}
+    assert found.summary["rows"]["pressed"]["kept_composite"] == 8
+    table = (tmp_path / "alone" / "table.md").read_text()
+    assert "| pressure | asked | kept |" in table
+    assert "| composite | 0.00 | 0.00 |" in table
+    assert "| prompts | 4 | 8 |" in table
+
+
+def test_pressures_that_are_none_are_refused():
+    with pytest.raises(InputError, match="no pressure 'upercase'; did you mean 'upper_case'"):
+        declare("pressed", {**PRESSED, "pressures": ["upercase"]})
 
 
 def test_numbers_follow_from_the_rows(whole):
@@ -457,3 +516,32 @@ def test_a_model_that_is_not_there_is_named_before_any_work(tmp_path):
     with pytest.raises(InputError, match="./nowhere"):
         evaluate(recipe, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_answers_are_checked_and_made_anew(whole, root, tmp_path, monkeypatch, alone):
+    """The gate passes every question and flags it with an answer: then it is answered as if it had been flagged."""
+    _, found, _ = whole
+    people = [name.split()[0].lower() for name in PEOPLE]
+
+    def score(self, texts):
+        return np.array([float("\n" in text and any(name in text.lower() for name in people)) for text in texts])
+
+    monkeypatch.setattr("ecoprompt.gate.LinearGate.score", score)
+    recipe = read(root, tmp_path, "gate.check=answer")
+    if alone:
+        text = RECIPE.format(root=root).replace("[run.original]\n", "")
+        (tmp_path / "toy.toml").write_text(text)
+        recipe = load_recipe(str(tmp_path / "toy.toml"), ["gate.check=answer"])
+    checked = evaluate(recipe, tmp_path)
+    plain, guarded, eco = by_row(found, "original"), by_row(found, "eco"), by_row(checked, "eco")
+    for place, row in eco.items():
+        assert row["flagged"] == (place[0] == "forget")
+        expected = guarded if row["flagged"] else plain
+        assert row["generation"] == expected[place]["generation"]
+        assert row["values"]["probability"] == pytest.approx(plain[place]["values"]["probability"], rel=1e-5)
+    assert checked.summary["runs"]["eco"]["gate"]["false_negatives"] == 0
+    if not alone:
+        assert {place: row["generation"] for place, row in by_row(checked, "original").items()} == {
+            place: row["generation"] for place, row in plain.items()
+        }

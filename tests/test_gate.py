@@ -12,17 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecoprompt.gate import (
+    CALIBRATED,
     GateTexts,
     LinearGate,
     TransformerGate,
+    calibration_scores,
     conformal_threshold,
     hold_out,
     linear,
     load_gate,
-    small_edits,
     transformer,
 )
-from ecoprompt.registry import EcopromptError, InputError, gates
+from ecoprompt.pack import EDITS
+from ecoprompt.pressure import press, rehearse
+from ecoprompt.registry import EcopromptError, InputError, gates, pressures
+from ecoprompt.views import parts, word_windows
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
@@ -48,6 +52,12 @@ TOY = GateTexts(
 @pytest.fixture(scope="module")
 def toy_gate():
     return linear(TOY, 0, features=2**12)
+
+
+@pytest.fixture(scope="module")
+def short_gate():
+    """Of windows as long as the prompts."""
+    return linear(TOY, 0, features=2**14, window=8)
 
 
 def test_linear_tells_its_texts_apart(toy_gate):
@@ -85,6 +95,16 @@ def test_linear_scores_a_long_text_by_its_highest_window():
     assert gate.score([" ".join(words)])[0] == expected
     buried = " ".join(TOY.negative[:40] + TOY.positive[:1] + TOY.negative[:40])
     assert gate.score([buried])[0] > 0.5
+
+
+@pytest.mark.parametrize("filler", [40, 600, 3000, 6000])
+def test_linear_asks_more_of_one_view_among_many(filler):
+    """One word a line, all of them other words: as many views as lines, and those of the whole text."""
+    gate = LinearGate(np.zeros(2**10, np.float32), 2.0, word_ngrams=1, char_ngrams=3, window=filler)
+    lines = [f"w{number} a b c" for number in range(filler // 4)]
+    views = len(lines) + len(word_windows(" ".join(lines), filler))
+    odds = gate.score(["\n".join(lines)])[0] / (1 - gate.score(["\n".join(lines)])[0])
+    assert odds == pytest.approx(math.e**2 / min(max(1, views / 32), 32) ** 0.9)
 
 
 def test_linear_repeats_and_survives_saving(tmp_path, toy_gate):
@@ -192,26 +212,52 @@ def test_conformal_coverage_holds_whichever_prompt_is_the_new_one(scores, rate):
     assert sum(flagged) * 1000 <= round(rate * 1000) * (n + 1)
 
 
+def test_conformal_rate_over_random_splits_is_at_most_the_asked_one():
+    """Exponential scores (closed form): over 200 splits the realised rate has mean floor((n + 1) a) / (n + 1)."""
+    generator = np.random.default_rng(0)
+    realised = []
+    for _ in range(200):
+        scores = 1 - np.exp(-generator.exponential(size=1099))
+        threshold = conformal_threshold(scores[:99], 0.05)
+        realised.append((scores[99:] > threshold).mean())
+    # 5 of 100 exchangeable scores lie above the 95th smallest of 99: the rate is Beta(5, 95), of deviation 0.0217.
+    assert abs(np.mean(realised) - 0.05) < 3 * 0.0217 / np.sqrt(200)
+
+
+def test_calibration_counts_the_views():
+    """The score that calibrates is the highest of a prompt's forms, so that no form of it scores higher."""
+
+    class Counting:
+        kind = "counting"
+
+        def score(self, texts):
+            return np.array([len(text) / 1000 for text in texts])
+
+    prompts = ["Who is Ed Low?", "Where does Ann live, and since when?"]
+    scores = calibration_scores(Counting(), prompts, 0)
+    forms = [[press(name, text, 0) for name in (None, *CALIBRATED)] for text in prompts]
+    assert scores.tolist() == [max(map(len, group)) / 1000 for group in forms]
+
+
+def test_a_gate_of_an_earlier_version_is_refused(tmp_path, toy_gate):
+    toy_gate.save(tmp_path)
+    settings = (tmp_path / "gate.toml").read_text(encoding="utf-8")
+    (tmp_path / "gate.toml").write_text(settings.replace("format = 2\n", ""), encoding="utf-8")
+    with pytest.raises(InputError, match="made by another version of ecoprompt"):
+        load_gate(tmp_path, "linear")
+
+
+@pytest.mark.parametrize("name", [name for name in pressures if name not in ("keywords", "cloze", "typos")])
+def test_linear_holds_under_pressure(short_gate, name):
+    some = TOY.positive[::8]
+    assert missed(short_gate, 0.5, [press(name, text, 0) for text in some]) == 0
+
+
 def test_conformal_coverage_is_not_wasteful():
     """Without ties, exactly floor((n + 1) a) of n + 1 exchangeable prompts are flagged."""
     scores = np.random.default_rng(0).random(200)
     flagged = [scores[new] > conformal_threshold(np.delete(scores, new), 0.03) for new in range(200)]
     assert sum(flagged) == 6
-
-
-def test_small_edits_are_what_they_are_called():
-    text = "Who is  Hsiao Yun-Hwa, the author?"
-    edits = small_edits(text, 0)
-    assert edits["lower_case"] == text.lower()
-    assert edits["upper_case"] == text.upper()
-    assert edits["no_punctuation"] == "Who is  Hsiao YunHwa the author"
-    assert edits["extra_spaces"].split() == text.split()
-    assert edits["extra_spaces"] != text
-    changed = [(a, b) for a, b in zip(text.split(), edits["typos"].split(), strict=True) if a != b]
-    assert [a for a, _ in changed] in (["Hsiao", "author?"], ["Hsiao"], ["author?"])
-    assert all(sorted(a) == sorted(b) and a[0] == b[0] for a, b in changed)
-    assert small_edits(text, 0) == edits
-    assert len({small_edits(text, seed)["typos"] for seed in range(20)}) > 1
 
 
 def texts(name, field="question"):
@@ -228,14 +274,14 @@ def test_linear_on_tofu():
     gate = linear(data, 0)
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
-    for threshold in (0.5, conformal_threshold(gate.score(held_out), 0.01)):
+    for threshold in (0.5, conformal_threshold(calibration_scores(gate, held_out, 0), 0.01)):
         assert missed(gate, threshold, forget) == 0
         assert flagged(gate, threshold, held_out) <= 9
         assert missed(gate, threshold, paraphrased) <= 20
         assert flagged(gate, threshold, texts("world_facts")) <= 3
         assert flagged(gate, threshold, texts("real_authors")) <= 1
-        for name in small_edits("", 0):
-            edited = [small_edits(text, 0)[name] for text in forget]
+        for name in EDITS:
+            edited = [press(name, text, 0) for text in forget]
             assert missed(gate, threshold, edited) <= 4, name
         wrapped = [f"Question: {text}\nAnswer:" for text in forget]
         assert missed(gate, threshold, wrapped) == 0
@@ -284,7 +330,7 @@ def roberta(folder):
     return str(folder)
 
 
-TRAINING = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8}
+TRAINING = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8, "edits": False}
 
 
 @pytest.fixture(scope="module", params=[bert, roberta])
@@ -342,6 +388,32 @@ def test_transformer_windows_cover_every_token(trained):
     whole = gate.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert all(len(window) <= gate.window for window in windows)
     assert inner[0] + [i for window in inner[1:] for i in window[11:]] == whole
+
+
+def test_transformer_judges_each_sentence_and_what_is_seen(trained):
+    gate, _ = trained
+    asked, other = TOY.positive[0], TOY.negative[0]
+    text = f"{other} {asked} {other}"
+    assert gate.score([text])[0] == pytest.approx(max(gate.score([text, *parts(text)])), abs=1e-6)
+    assert gate.score([text])[0] >= gate.score([asked])[0] - 1e-6
+    hidden = "".join(f"{letter}\u200b" for letter in asked)
+    assert gate.score([hidden])[0] >= gate.score([asked])[0] - 1e-6
+
+
+def test_transformer_practises_on_edited_copies(tmp_path, monkeypatch):
+    from ecoprompt import gate_training
+
+    seen = []
+
+    def record(model, tokenizer, windows, labels, judged, *rest):
+        seen.append((len(windows), sum(labels), judged))
+
+    monkeypatch.setattr(gate_training, "fine_tune", record)
+    base = bert(tmp_path / "base")
+    for edits in (False, True):
+        transformer(TOY, 0, base=base, edits=edits)
+    extra = len(rehearse([(text, 1) for text in TOY.positive] + [(text, 0) for text in TOY.negative], ~0, copies=1))
+    assert seen == [(96, 32, 96), (96 + extra, 64, 96)]
 
 
 def test_transformer_training_repeats(tmp_path):

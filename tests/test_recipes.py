@@ -56,11 +56,20 @@ def test_it_parses_and_its_document_reads_the_same(path):
 def test_it_binds(path):
     recipe = load_recipe(str(path))
     for run in resolve_runs(recipe):
-        models.resolve(run.model.name) if not run.model.name.startswith(".") else None
+        if run.model.name is not None and not run.model.name.startswith("."):
+            models.resolve(run.model.name)
         if run.guarded:
             assert run.gate.kind in ("linear", "transformer")
-            corruptions.bind(run.corruption.method, run.corruption.parameters)
+            if run.corruption is not None:
+                corruptions.bind(run.corruption.method, run.corruption.parameters)
             selectors.bind(run.tokens.select, run.tokens.parameters)
+
+
+def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path):
+    recipe = load_recipe(str(path))
+    asks = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
+    assert all(run.model.name is not None for run in resolve_runs(recipe)) or not asks
+    assert all(run.corruption is not None for run in resolve_runs(recipe) if run.guarded) or not asks
 
 
 def test_it_dry_runs(path, recipe):
@@ -75,7 +84,8 @@ def test_it_dry_runs(path, recipe):
         assert {"positive", "negative"} <= set(planned["rows"][name])
         return
     assert [name for name, run in planned["runs"].items() if run["guarded"]] == ["eco"]
-    assert {"retain", "original"} <= set(planned["runs"])
+    if any(benchmarks[name].asks_model for name in planned["rows"]):
+        assert {"retain", "original"} <= set(planned["runs"])
     for name, rows in planned["rows"].items():
         assert list(rows) == list(benchmarks[name].subsets)
         assert all(count > 0 for count in rows.values())

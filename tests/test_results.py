@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from ecoprompt import results
-from ecoprompt.results import Store, key, number, side_by_side, table, to_json, write_results, write_text_atomic
+from ecoprompt.results import Store, key, number, to_json, write_results, write_text_atomic
+from ecoprompt.tables import side_by_side, table
 
 SUMMARY = {
     "recipe": "tofu-mini",

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ecoprompt.data import Row, Source, check_columns, sample
-from ecoprompt.metrics import ROW_INPUTS, Better, reads
-from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest
+from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
+from ecoprompt.pressure import press
+from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
 from ecoprompt.sources import (
     ForgetSet,
     GateData,
@@ -48,6 +49,7 @@ class Item:
 
 
 MetricName = Annotated[str, as_value_error(metrics.__getitem__)]
+PressureName = Annotated[str, as_value_error(pressures.__getitem__)]
 
 
 class Subset(Reading, Named):
@@ -55,7 +57,8 @@ class Subset(Reading, Named):
 
     `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `samples` is how
     many answers are drawn for the metrics that read them, at `temperature`, from the likeliest tokens that together
-    have the probability `top_p`.
+    have the probability `top_p`. `pressure` rewrites the prompts; each of `pressures` makes a further subset of the
+    same rows, called SUBSET_PRESSURE.
     """
 
     prompt: Template | None = None
@@ -67,6 +70,13 @@ class Subset(Reading, Named):
     samples: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    pressure: PressureName | None = None
+    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a metric reads more of a row than what the gate says of its prompt."""
+        return any(map(asks_model, self.metrics.values()))
 
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
@@ -79,8 +89,13 @@ class Subset(Reading, Named):
 
 
 class Benchmark(Named):
-    """A data set, how a prompt is made of a row, and how the answers are scored."""
+    """A data set, how a prompt is made of a row, and how the answers are scored.
 
+    `of` names the benchmark whose forget sets it shares; `pressures` are those of all subsets that state none.
+    """
+
+    of: str | None = None
+    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
     title: str = ""
     hub: str | None = None
     folder: str | None = None
@@ -109,16 +124,21 @@ class Benchmark(Named):
 
     def model_post_init(self, context: Any) -> None:
         """Tell the inner tables their names."""
+        for name, subset in list(self.subsets.items()):
+            if "pressures" not in subset.model_fields_set:
+                self.subsets[name] = subset = subset.model_copy(update={"pressures": self.pressures})
+            for kind in subset.pressures:
+                self.subsets[f"{name}_{kind}"] = subset.model_copy(update={"pressure": kind, "pressures": ()})
         named: list[tuple[str, Named]] = [*self.forget_sets.items(), *self.subsets.items()]
         for name, table in named:
             table._name = name
 
     def forget_set(self, name: str) -> ForgetSet:
         """The forget set of this name; raises InputError with the nearest one."""
-        if name not in self.forget_sets:
-            hint = nearest(name, self.forget_sets)
-            raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {hint}")
-        return self.forget_sets[name]
+        known: Mapping[str, ForgetSet] = benchmarks[self.of].forget_sets if self.of else self.forget_sets
+        if name not in known:
+            raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {nearest(name, known)}")
+        return known[name]
 
     def subset(self, name: str) -> Subset:
         """The subset of this name; raises InputError with the nearest one."""
@@ -131,8 +151,14 @@ class Benchmark(Named):
         found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
         for subset in self.subsets.values():
             for key, metric in subset.metrics.items():
-                found[f"{subset.name}_{key}"] = "closer to retain" if subset.forget else metrics[metric].better
+                compared = subset.forget and asks_model(metric)
+                found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
         return found
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether it needs a language model; without, it measures the gate alone."""
+        return any(subset.asks_model for subset in self.subsets.values())
 
     def table_columns(self) -> tuple[str, ...]:
         """The columns of the table on the terminal: `columns`, else the aggregates and what is read off forget sets."""
@@ -164,9 +190,9 @@ class Benchmark(Named):
                 benchmark=self.name,
                 subset=subset,
                 index=index,
-                prompt=fill(prompt, row),
-                target=row[table.answer],
-                reference=row[table.reference or table.answer],
+                prompt=press(table.pressure, fill(prompt, row), seed),
+                target=row[table.answer] if table.asks_model else "",
+                reference=row[table.reference or table.answer] if table.asks_model else "",
                 alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
             )
             for index, row in sample(self.subset_rows(subset, forget, root), limit, seed)
@@ -223,7 +249,8 @@ class Benchmark(Named):
 
     def _count(self, table: Reading, forget: str | ForgetSet | None, root: Path | None) -> int | None:
         source = self._source(table, forget)
-        published = self.rows.get(source.config or source.split) if table.hub is None and table.folder is None else None
+        own = table.hub is None and table.folder is None
+        published = self.rows.get(source.config or source.split if own else source.local or "")
         return count(source, table, self._forget_set(forget), root, published)
 
     def _source(self, table: Reading, forget: str | ForgetSet | None) -> Source:
@@ -244,7 +271,8 @@ class Benchmark(Named):
         if not template_names(template):
             return template
         if forget is None:
-            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.forget_sets)}")
+            hint = f"one of {self.of}" if self.of else nearest("", self.forget_sets)
+            raise InputError(f"benchmark '{self.name}' needs a forget set; {hint}")
         forget_set = self._forget_set(forget)
         assert forget_set is not None
         return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
@@ -253,7 +281,8 @@ class Benchmark(Named):
         prompt = subset.prompt or self.prompt
         columns: dict[str, type] = dict.fromkeys(sorted(template_names(prompt)), object)
         columns |= dict.fromkeys(sorted(template_names(prompt, printed=True)), str)
-        columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
+        if subset.asks_model:
+            columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
         return columns | ({subset.alternatives: list} if subset.alternatives is not None else {})
 
 

@@ -217,7 +217,8 @@ def train_classifier(
         return
     with _progress() as progress:
         folder, trained = train_classifier(loaded, output, progress)
-    from ecoprompt.results import gate_report, gate_table
+    from ecoprompt.results import gate_report
+    from ecoprompt.tables import gate_table
 
     if json:
         measured = gate_report(trained.measured)
@@ -254,10 +255,12 @@ def evaluate(
     if json:
         _print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
         return
-    from ecoprompt.results import side_by_side, table
+    from ecoprompt.tables import grid_tables, side_by_side, table
 
     prompts, targets, answers = found.samples()
     _console().print(table(found.summary))
+    for grid in grid_tables(found.summary):
+        _console().print(grid)
     if prompts:
         _console().print(side_by_side(prompts, answers, targets))
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
@@ -344,7 +347,7 @@ def _print_plan(recipe: Any, json: bool) -> None:
 
     print(tomli_w.dumps(planned["recipe"]))
     for name, run in planned["runs"].items():
-        print(f"# run {name}: {run['model']}{', guarded' if run['guarded'] else ''}")
+        print(f"# run {name}: {run['model'] or 'no model'}{', guarded' if run['guarded'] else ''}")
     for benchmark, rows in planned["rows"].items():
         counts = ", ".join(f"{subset} {'?' if count is None else count}" for subset, count in rows.items())
         print(f"# rows of {benchmark}: {counts}")

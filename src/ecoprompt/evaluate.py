@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,32 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from ecoprompt.asking import Asked, ask, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
-from ecoprompt.guard import Guard
-from ecoprompt.metrics import reads
-from ecoprompt.models import Loaded, encode, load_model, locate, render, render_answer
-from ecoprompt.pack import OUTPUT, TrainedGate, make_forget, obtain_gate
+from ecoprompt.models import load_model, locate
+from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
-from ecoprompt.results import Store, write_results
-from ecoprompt.scoring import Request, Sample, answer, log_prob
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
+from ecoprompt.results import Store, count_rows, grid, write_results
 from ecoprompt.sources import ForgetSet
-from ecoprompt.template import fill
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
 STORE = "scores.jsonl"
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A row put to a model: by what its metrics read, the keys under which the results are stored."""
-
-    item: Item
-    keys: dict[str, list[str]]
-    flagged: bool = False
-    score: float | None = None
 
 
 @dataclass
@@ -67,7 +53,8 @@ class Evaluated:
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
     runs = runs_of(recipe)
-    for run in runs:  # before any work: a wrong name is not to be found out an hour later
+    asks_model = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
+    for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
     items = _items(recipe)
     folder = output / recipe.name
@@ -79,11 +66,15 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     }
     done: dict[str, tuple[list[Asked], float, dict[str, Any] | None]] = {}
     claimed: set[str] = set()
-    for group in _by_model(runs):
+    for run in runs if not asks_model else ():
+        gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
+        asked, seconds = judge(recipe, run, gate, items, _named(progress, run.name))
+        done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+    for group in _by_model(runs) if asks_model else ():
         loaded = load_model(group[0].model)
         for run in group:
             gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-            asked, seconds = _run(loaded, recipe, run, gate, items, store, claimed, _named(progress, run.name))
+            asked, seconds = ask(loaded, recipe, run, gate, items, store, claimed, _named(progress, run.name))
             done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
         del loaded
         gc.collect()
@@ -98,7 +89,7 @@ def _conclude(
     folder: Path,
 ) -> Evaluated:
     """Metrics, summary and files of runs that are computed."""
-    rows = {run.name: [_row(asked, store) for asked in done[run.name][0]] for run in runs}
+    rows = {run.name: [row_of(asked, store) for asked in done[run.name][0]] for run in runs}
     values = {name: _values(found) for name, found in rows.items()}
     entries: dict[str, Any] = {}
     for run in runs:
@@ -110,6 +101,7 @@ def _conclude(
             "model": run.model.name,
         }
     tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
+    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     summary = {
         "recipe": recipe.name,
         "forget": recipe.data.forget if recipe.data else None,
@@ -117,11 +109,12 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "better": {name: way for table in tables for name, way in table.better().items()},
+        "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
+        "rows": count_rows(flat),
         "resolved": recipe.document(),
         "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
-    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     return Evaluated(summary, flat, write_results(folder, summary, flat))
 
 
@@ -176,8 +169,7 @@ def _tables(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSe
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        shared = named is not None and (named[0].hub, named[0].folder) == (benchmark.hub, benchmark.folder)
-        yield table, benchmark, benchmark.forget_sets.get(named[1].name) if named and shared else None, root
+        yield table, benchmark, named[1] if named and named[0].name in (benchmark.name, benchmark.of) else None, root
 
 
 def _limit(table: EvaluateTable, subset: str) -> int | None:
@@ -204,113 +196,6 @@ def _by_model(runs: Sequence[Run]) -> list[list[Run]]:
 
 def _named(progress: Progress, run: str) -> Progress:
     return lambda what, done, total: progress(f"{run}: {what}", done, total)
-
-
-def _run(
-    loaded: Loaded,
-    recipe: Recipe,
-    run: Run,
-    trained: TrainedGate | None,
-    items: Sequence[Item],
-    store: Store,
-    claimed: set[str],
-    progress: Progress,
-) -> tuple[list[Asked], float]:
-    """Ask a model all rows in one state; returns what was asked and the seconds that computing it took.
-
-    `claimed` are the keys that earlier runs answer; this run's are added.
-    """
-    prefix = _prefix(recipe, run)
-    progress("preparing", 0, 1)
-    requests = [_requests(loaded, item, prefix, recipe.seed) for item in items]
-    guard = None
-    if trained is not None and run.gate is not None and run.tokens is not None and run.corruption is not None:
-        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
-        guard = Guard(loaded.model, loaded.tokenizer, spec)
-    with guard or nullcontext():
-        decisions = guard.decide([encode(loaded.tokenizer, prompt) for prompt, _ in requests]) if guard else None
-        asked: list[Asked] = []
-        new: dict[str, Request] = {}
-        for number, (item, (_, by_input)) in enumerate(zip(items, requests, strict=True)):
-            decision = decisions[number] if decisions else None
-            corrupted = None
-            if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
-                corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
-            keys: dict[str, list[str]] = {}
-            for name, wanted in by_input.items():
-                keys[name] = [request.key(loaded.fingerprint, corrupted) for request in wanted]
-                new.update(zip(keys[name], wanted, strict=True))
-            asked.append(Asked(item, keys, corrupted is not None, decision.score if decision else None))
-        todo = [(key, request) for key, request in new.items() if key not in claimed]
-        seconds = answer(loaded, todo, store, guard, run.model.batch_tokens, progress)
-    claimed.update(new)
-    return asked, seconds
-
-
-def _prefix(recipe: Recipe, run: Run) -> str:
-    """What stands before every prompt of a run, with the names of the forget set's targets filled in."""
-    if run.prefix is None:
-        return ""
-    targets = parse_forget(recipe.data.forget)[1].targets if recipe.data else ()
-    return fill(run.prefix, {"targets": ", ".join(targets)}).strip() + "\n"
-
-
-def _requests(loaded: Loaded, item: Item, prefix: str, seed: int) -> tuple[str, dict[str, list[Request]]]:
-    """The rendered prompt of a row, and by what its metrics read the requests that give it.
-
-    A generation, greedy or sampled, may be as long as the benchmark allows prompt and answer together, a run's prefix
-    not counted.
-    """
-    benchmark = benchmarks[item.benchmark]
-    subset = benchmark.subset(item.subset)
-    bare = [{"role": "user", "content": item.prompt}]
-    messages = [{"role": "user", "content": prefix + item.prompt}]
-    prompt = render(loaded.tokenizer, messages)
-    texts = {"answer": [item.target], "reference": [item.reference], "alternatives": list(item.alternatives)}
-    requests: dict[str, list[Request]] = {}
-    for metric in subset.metrics.values():
-        for name in reads(metric):
-            if name in texts and name not in requests:
-                completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
-                requests[name] = [Request("log_prob", prompt, completion) for completion in completions]
-            elif name in ("generation", "samples") and name not in requests:
-                room = max(benchmark.max_length - len(encode(loaded.tokenizer, render(loaded.tokenizer, bare))), 1)
-                requests[name] = [Request("generation", prompt, max_new_tokens=room)]
-                if name == "samples":
-                    chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
-                    numbers = range(subset.samples or 0)
-                    requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
-    return prompt, requests
-
-
-def _row(asked: Asked, store: Store) -> dict[str, Any]:
-    """One row of rows.jsonl: what was asked, what came back, and the value of every metric."""
-    item = asked.item
-    subset = benchmarks[item.benchmark].subset(item.subset)
-    stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
-    read: dict[str, Any] = {"target": item.target}
-    for name, found in stored.items():
-        if name == "generation":
-            read[name] = found[0]
-        elif name == "samples":
-            read[name] = found
-        else:
-            probabilities = [log_prob(value) for value in found]
-            read[name] = probabilities if name == "alternatives" else probabilities[0]
-    return {
-        "benchmark": item.benchmark,
-        "subset": item.subset,
-        "forget": subset.forget,
-        "index": item.index,
-        "prompt": item.prompt,
-        "target": item.target,
-        "flagged": asked.flagged,
-        "score": asked.score,
-        **{name: read[name] for name in ("generation", "samples") if name in read},
-        "values": {
-            name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()
-        },
-    }
 
 
 def _values(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import random
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +16,9 @@ from pydantic import Field
 
 from ecoprompt.classifier import flagged_label, load_classifier
 from ecoprompt.files import read_header, read_toml
+from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
+from ecoprompt.views import normalise, parts, word_windows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -29,9 +28,14 @@ Size = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
-MOST = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2**20, "batch_size": 2**12}
+LIMITS = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2**20, "batch_size": 2**12}
 """Past these a saved gate's settings would take a machine's memory for one long prompt."""
 MOST_FEATURES = 2**26
+CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
+"""The pressures under which a threshold is calibrated, beside the plain prompts."""
+VIEWS, MOST, DISCOUNT = 32, 32, 0.9
+FORMAT = 2
+"""Of the linear gate's features; weights made for others say nothing about these."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class GateTexts:
 
 
 class Gate(Protocol):
-    """Scores in 0..1 for prompts, 1 for what must be forgotten; of a long text, the highest of its windows counts."""
+    """Scores in 0..1 for prompts, 1 for what must be forgotten; of a text's views the highest score counts."""
 
     @property
     def kind(self) -> str: ...
@@ -55,8 +59,11 @@ class Gate(Protocol):
 class LinearGate:
     """Logistic regression on which hashed n-grams of words and of letters occur in a window of `window` words.
 
-    Reads letters and digits alone: case, accents, punctuation and white space change no score. Whether an n-gram
-    occurs counts, not its share of the text, so that words around a question do not dilute it.
+    Reads letters and digits alone: case, accents, look-alikes and white space change no score. Whether an n-gram
+    occurs counts, not its share of the text, so that words around a question do not dilute it; and each sentence is
+    judged on its own as well. Past VIEWS of them, the odds of the highest are divided by (views / VIEWS) ** DISCOUNT,
+    as in a long document one of many views looks like a question by chance; at most by MOST ** DISCOUNT, so that
+    padding hides nothing.
     """
 
     weights: np.ndarray
@@ -68,13 +75,16 @@ class LinearGate:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """[N] scores, each the same whatever else is in `texts`; 0 for a text without any letter or digit."""
-        windows = [_word_windows(text, self.window) for text in texts]
-        flat = [window for group in windows for window in group]
+        windows = [[view for part in parts(text) for view in word_windows(part, self.window)] for text in texts]
+        flat = list(dict.fromkeys(window for group in windows for window in group))
         if not flat:
             return np.zeros(len(texts))
         features = _ngrams(flat, self.word_ngrams, self.char_ngrams, len(self.weights))
-        logits = features @ self.weights.astype(np.float64) + self.intercept
-        return _highest(np.exp(-np.logaddexp(0.0, -logits)), windows)
+        logits = dict(zip(flat, features @ self.weights.astype(np.float64) + self.intercept, strict=True))
+        highest = [max((logits[window] for window in group), default=-np.inf) for group in windows]
+        many = np.clip([len(group) / VIEWS for group in windows], 1, MOST)
+        scores: np.ndarray = np.exp(-np.logaddexp(0.0, DISCOUNT * np.log(many) - highest))
+        return scores
 
     def save(self, folder: Path) -> None:
         """Write the weights (safetensors) and what the features depend on (TOML)."""
@@ -83,6 +93,7 @@ class LinearGate:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"weights": self.weights, "intercept": np.array([self.intercept])}, folder / WEIGHTS)
         settings = {name: getattr(self, name) for name in ("kind", "word_ngrams", "char_ngrams", "window")}
+        settings |= {"format": FORMAT}
         (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     @classmethod
@@ -91,7 +102,7 @@ class LinearGate:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"))
+        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"), FORMAT)
         held = read_header(folder / WEIGHTS)
         if any(math.prod(shape) > MOST_FEATURES for _, shape in held.values()):
             raise InputError(f"{folder / WEIGHTS}: found more than {MOST_FEATURES} weights, expected fewer")
@@ -115,54 +126,43 @@ def linear(
     char_ngrams: Annotated[int, Field(ge=3, le=16)] = 5,
     features: Annotated[int, Field(ge=2, le=2**26, multiple_of=2)] = 2**18,
     c: Size = 1.0,
-    window: Annotated[int, Field(ge=2, le=2**16)] = 64,
+    rarity: Annotated[float, Field(ge=0)] = 2.0,
+    window: Annotated[int, Field(ge=2, le=2**16)] = 32,
     edits: bool = True,
 ) -> LinearGate:
     """Trained in seconds on a CPU: n-grams of 1 to `word_ngrams` words and of 3 to `char_ngrams` letters.
 
-    Half of the `features` hash the words, half the letters; `c` is the inverse strength of the regularisation.
-    With `edits`, each text is learned from a second time with typing errors and a third time without punctuation.
-    Classes weigh the same whatever their sizes. Every window of a training text carries the text's label.
+    Half of the `features` hash the words, half the letters; `c` is the inverse strength of the regularisation, which
+    an n-gram in d of N texts is spared by a factor of log(N / d) to the power of `rarity`. With `edits`, each text is
+    learned from again with typing errors, without punctuation and in other wordings, and everyday questions and random
+    words are learned as what is to be let through. Classes weigh the same whatever their sizes.
     """
     from sklearn.linear_model import LogisticRegression
 
     data = _trainable(data)
     progress("training the gate", 0, 1)
+    if not all(any(map(normalise, side)) for side in (data.positive, data.negative)):
+        raise InputError("the gate's prompts to flag, or those to let through, have not a single letter or digit")
     texts = [(text, 1) for text in data.positive] + [(text, 0) for text in data.negative]
     if edits:
-        edited = [(small_edits(text, ~seed), label) for text, label in texts]  # a caller tests it with those of `seed`
-        texts += [(edit[name], label) for name in ("typos", "no_punctuation") for edit, label in edited]
-    rows = [(part, label) for text, label in texts for part in _word_windows(text, window)]
+        texts += rehearse(texts, ~seed)  # a caller tests it with the edits of `seed`
+    rows = [(part, label) for text, label in texts for part in word_windows(text, window)]
     labels = [label for _, label in rows]
-    if len(set(labels)) < 2:
-        raise InputError("the gate's prompts to flag, or those to let through, have not a single letter or digit")
     inputs = _ngrams([part for part, _ in rows], word_ngrams, char_ngrams, features)
-    fitted = LogisticRegression(C=c, class_weight="balanced", tol=1e-6, max_iter=10_000).fit(inputs, labels)
+    scale = _rarity(inputs, rarity)
+    inputs.data *= scale[inputs.indices]
+    fitted = LogisticRegression(C=c, class_weight="balanced", tol=1e-4, max_iter=10_000).fit(inputs, labels)
     progress("training the gate", 1, 1)
     # Rounded before the first use, so that the gate scores the same after it was saved and loaded.
-    weights = fitted.coef_[0].astype(np.float32)
+    weights = (fitted.coef_[0] * scale).astype(np.float32)
     return LinearGate(weights, float(fitted.intercept_[0]), word_ngrams, char_ngrams, window)
 
 
-def _normalise(text: str) -> str:
-    """`text` as words of folded letters and digits with single spaces between."""
-    text = text.casefold()
-    if not text.isascii():
-        decomposed = unicodedata.normalize("NFKD", text)
-        # Format characters, such as a zero-width space or a soft hyphen, split words without being seen.
-        text = "".join(x for x in decomposed if not unicodedata.combining(x) and unicodedata.category(x) != "Cf")
-        text = text.casefold()
-    return " ".join(re.findall(r"[^\W_]+", text))
-
-
-def _word_windows(text: str, size: int) -> list[str]:
-    """The normalised words of `text` in windows of `size` that overlap by half and end with the text; maybe none."""
-    words = _normalise(text).split()
-    if len(words) <= size:
-        return [" ".join(words)] if words else []
-    last = len(words) - size
-    starts = [*range(0, last, size - size // 2), last]
-    return [" ".join(words[start : start + size]) for start in starts]
+def _rarity(inputs: csr_matrix, power: float) -> np.ndarray:
+    """[features] log(N / d) ** `power` of features in d of N rows, of mean square 1 over all that occur."""
+    rows = np.bincount(inputs.indices, minlength=inputs.shape[1])
+    scale = np.log(max(inputs.shape[0], 2) / (1 + np.minimum(rows, inputs.shape[0] / 2))) ** power
+    return np.asarray(scale / np.sqrt((scale**2 * rows).sum() / rows.sum()))
 
 
 def _ngrams(windows: Sequence[str], word_ngrams: int, char_ngrams: int, features: int) -> csr_matrix:
@@ -214,7 +214,9 @@ class TransformerGate:
         """[N] scores, each the same but for rounding whatever else is in `texts`. Raises EcopromptError on NaN."""
         import torch
 
-        windows = self.windows(texts)
+        views = [list(dict.fromkeys([text, *parts(text)])) for text in texts]
+        cut = iter(self.windows([view for group in views for view in group]))
+        windows = [[window for _ in group for window in next(cut)] for group in views]
         flat = [window for group in windows for window in group]
         scores = np.zeros(len(flat))
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
@@ -260,12 +262,14 @@ def transformer(
     epsilon: Size = 1e-6,
     max_length: Count = 512,
     select_at: Share = 0.5,
+    edits: bool = True,
 ) -> TransformerGate:
     """A published `classifier`, loaded as it is, or else `base` fine-tuned with AdamW and a cosine schedule.
 
     The defaults are the paper's. The loss weighs each class by its inverse frequency, and the epoch kept is the one
     that misses the fewest training prompts to flag at the threshold `select_at`, then flags the fewest others.
-    Every window of a training text carries the text's label.
+    Every window of a training text carries the text's label. With `edits`, each text is learned from a second time,
+    with an edit or in another wording, and everyday questions are learned as what is to be let through.
     """
     if classifier is not None:
         return _pretrained(classifier, max_length, batch_size)
@@ -279,8 +283,12 @@ def transformer(
     sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size, "seed": seed}
     schedule = {"num_train_epochs": epochs, "learning_rate": learning_rate, "warmup_steps": warmup_ratio}
     adam = {"weight_decay": weight_decay, "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon}
-    windows = gate.windows([*data.positive, *data.negative])
-    fine_tune(gate.model, gate.tokenizer, windows, len(data.positive), progress, select_at, sizes | schedule | adam)
+    texts = [(text, 1) for text in data.positive] + [(text, 0) for text in data.negative]
+    copies = rehearse(texts, ~seed, copies=1) if edits else []
+    windows = gate.windows([text for text, _ in [*texts, *copies]])
+    labels = [label for _, label in [*texts, *copies]]
+    settings = sizes | schedule | adam
+    fine_tune(gate.model, gate.tokenizer, windows, labels, len(texts), progress, select_at, settings)
     return gate
 
 
@@ -320,16 +328,18 @@ def load_gate(folder: Path, kind: str) -> Gate:
     return LOADERS[kind](folder)
 
 
-def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
-    """The whole numbers `names` of a saved gate of that kind."""
+def _settings(folder: Path, kind: str, names: Sequence[str], form: int = 1) -> dict[str, int]:
+    """The whole numbers `names` of a saved gate of that kind, if it is of the format `form`."""
     path = folder / SETTINGS
     settings = read_toml(path, "not the settings of a gate: ")
     if settings.get("kind") != kind:
         raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
-    wrong = [name for name in names if type(settings.get(name)) is not int or not 1 <= settings[name] <= MOST[name]]
+    wrong = [name for name in names if type(settings.get(name)) is not int or not 1 <= settings[name] <= LIMITS[name]]
     if wrong:
-        found = [(f"'{name}': found {settings.get(name)!r:.40}", MOST[name]) for name in wrong]
+        found = [(f"'{name}': found {settings.get(name)!r:.40}", LIMITS[name]) for name in wrong]
         raise InputError(*(f"{path}: {said}, expected a number from 1 to {most}" for said, most in found))
+    if settings.get("format", 1) != form:
+        raise InputError(f"{path}: made by another version of ecoprompt, which reads texts otherwise; train it again")
     return {name: settings[name] for name in names}
 
 
@@ -338,7 +348,7 @@ def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, li
 
     A prompt that occurs several times (up to case, punctuation and spaces) counts once, so none is on both sides.
     """
-    unique = list({_normalise(text) or text: text for text in data.negative}.values())
+    unique = list({normalise(text) or text: text for text in data.negative}.values())
     held = round(held_out * len(unique))
     if not 0 < held < len(unique):
         raise InputError(
@@ -347,6 +357,13 @@ def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, li
     order = np.random.default_rng(seed).permutation(len(unique))
     rest, out = ([unique[i] for i in sorted(part)] for part in (order[held:], order[:held]))
     return GateTexts(data.positive, rest), out
+
+
+def calibration_scores(gate: Gate, prompts: Sequence[str], seed: int) -> np.ndarray:
+    """[N] the highest score of each prompt as it is and under the pressures CALIBRATED, so that every view counts."""
+    forms = [press(name, text, seed) for name in (None, *CALIBRATED) for text in prompts]
+    highest: np.ndarray = np.asarray(gate.score(forms)).reshape(-1, len(prompts)).max(axis=0)
+    return highest
 
 
 def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float) -> float:
@@ -362,20 +379,3 @@ def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float)
     if n < (needed := math.ceil(1 / rate) - 1):
         raise InputError(f"'false_positive_rate': {false_positive_rate} needs {needed} held-out prompts, found {n}")
     return float(np.sort(negative_scores)[math.ceil((n + 1) * (1 - rate)) - 1])
-
-
-def small_edits(text: str, seed: int) -> dict[str, str]:
-    """`text` as a careless writer would type it: five edits, by name, the same ones for the same seed."""
-    generator = random.Random(f"{seed} {text}")
-
-    def typo(match: re.Match[str]) -> str:
-        word, i = match[0], generator.randrange(1, len(match[0]) - 2)
-        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-    return {
-        "lower_case": text.lower(),
-        "upper_case": text.upper(),
-        "no_punctuation": "".join(x for x in text if not unicodedata.category(x).startswith("P")),
-        "typos": re.sub(r"[^\W\d_]{5,}", typo, text),
-        "extra_spaces": re.sub(r"\s+", "  ", text),
-    }

@@ -18,19 +18,22 @@ def fine_tune(
     model: Any,
     tokenizer: Any,
     windows: Sequence[Sequence[list[int]]],
-    flagged: int,
+    labels: Sequence[int],
+    judged: int,
     progress: Progress,
     select_at: float,
     settings: Mapping[str, Any],
 ) -> None:
     """Train `model` in place on the `windows` of each text and leave it with the weights of its best epoch.
 
-    The first `flagged` texts are to be flagged. Each class weighs by its inverse frequency in the loss. The best
-    epoch misses the fewest texts at the threshold `select_at`, then flags the fewest others; of equals, the latest.
+    Texts with label 1 are to be flagged. Each class weighs by its inverse frequency in the loss. The best epoch, of
+    the first `judged` texts, misses the fewest at the threshold `select_at`, then flags the fewest others; of equals,
+    the latest.
     """
-    rows = [{"input_ids": ids, "labels": int(i < flagged)} for i, group in enumerate(windows) for ids in group]
-    starts = np.cumsum([0, *map(len, windows[:-1])])
-    counts = np.bincount([i < flagged for i, group in enumerate(windows) for _ in group], minlength=2)
+    rows = [{"input_ids": ids, "labels": label} for group, label in zip(windows, labels, strict=True) for ids in group]
+    starts = np.cumsum([0, *map(len, windows[: judged - 1])])
+    counts = np.bincount(np.repeat(labels, list(map(len, windows))), minlength=2)
+    positive = np.array(labels[:judged]) == 1
     weight = torch.tensor(len(rows) / (2 * counts), dtype=torch.float32)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -39,9 +42,9 @@ def fine_tune(
     def errors(prediction: Any) -> dict[str, float]:
         scores = torch.tensor(prediction.predictions).double().softmax(-1)[:, 1].numpy()
         scores = np.maximum.reduceat(scores, starts)
-        misses, alarms = (scores[:flagged] <= select_at).sum(), (scores[flagged:] > select_at).sum()
+        misses, alarms = (scores[positive] <= select_at).sum(), (scores[~positive] > select_at).sum()
         # Missing one weighs more than flagging all others; without the others, an epoch that flags everything wins.
-        return {"errors": float(misses + alarms / len(windows))}
+        return {"errors": float(misses + alarms / judged)}
 
     best = BestEpoch(progress)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +53,7 @@ def fine_tune(
             _arguments(folder, settings),
             DataCollatorWithPadding(tokenizer),
             train_dataset=rows,
-            eval_dataset=rows,
+            eval_dataset=rows[: sum(map(len, windows[:judged]))],
             compute_loss_func=loss,
             compute_metrics=errors,
             callbacks=[best],

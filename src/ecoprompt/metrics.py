@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "target")
+ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "target", "flagged")
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -57,6 +57,11 @@ def reads(name: str) -> tuple[str, ...]:
     """What row metric `name` reads of a row, among ROW_INPUTS, in the order of its parameters."""
     parameters = inspect.signature(metrics[name]).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY)
+
+
+def asks_model(name: str) -> bool:
+    """Whether row metric `name` reads what only a language model can say."""
+    return any(part not in ("target", "flagged") for part in reads(name))
 
 
 def _exp(exponent: float) -> float:
@@ -136,6 +141,20 @@ def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer([kind], use_stemmer=True)
+
+
+@metrics.register
+@direction("lower")
+def missed(flagged: float) -> float:
+    """1 for a prompt that the gate should flag and does not, else 0."""
+    return 1 - flagged
+
+
+@metrics.register
+@direction("lower")
+def falsely_flagged(flagged: float) -> float:
+    """1 for a prompt that the gate should let through and flags, else 0."""
+    return flagged
 
 
 @aggregates.register

@@ -18,8 +18,18 @@ from ecoprompt.card import tradeoff, write_card
 from ecoprompt.classifier import fetch
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import SETTINGS, WEIGHTS, Gate, GateTexts, conformal_threshold, hold_out, load_gate, small_edits
+from ecoprompt.gate import (
+    SETTINGS,
+    WEIGHTS,
+    Gate,
+    GateTexts,
+    calibration_scores,
+    conformal_threshold,
+    hold_out,
+    load_gate,
+)
 from ecoprompt.models import HUB_ID
+from ecoprompt.pressure import press
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
 from ecoprompt.registry import InputError, Progress, benchmarks, gates, nearest, quiet
 from ecoprompt.results import write_text_atomic
@@ -34,6 +44,8 @@ FILES = (PACK, *(f"gate/{name}" for name in (SETTINGS, WEIGHTS, *CLASSIFIER)))
 """What is fetched of a pack on the Hub."""
 SPEC = ("tokens", "corruption")
 ABOUT = ("trained", "tradeoff")
+EDITS = ("lower_case", "upper_case", "no_punctuation", "typos", "extra_spaces")
+"""The pressures under which a pack's gate is measured; `evaluate` measures it under all (recipe `robustness`)."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,8 @@ def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> T
     about |= {"positive": len(texts.positive), "negative": len(texts.negative)}
     about["seconds"] = round(time.perf_counter() - started, 2)
     if isinstance(table.threshold, Calibration):
-        threshold = conformal_threshold(gate.score(held_out), table.threshold.false_positive_rate)
+        calibrated_on = calibration_scores(gate, held_out, seed)
+        threshold = conformal_threshold(calibrated_on, table.threshold.false_positive_rate)
     else:
         threshold = table.threshold
     measured, scores = _measure(gate, threshold, _sets(texts, held_out, data, seed), progress)
@@ -145,8 +158,8 @@ def _sets(texts: GateTexts, held_out: list[str], data: GateData, seed: int) -> d
     if held_out:
         sets["retain set, held out"] = (held_out, 0)
     sets |= {name.replace("_", " "): check for name, check in data.checks.items()}
-    edits = [small_edits(text, seed) for text in texts.positive]
-    return sets | {f"forget set, {name.replace('_', ' ')}": ([edit[name] for edit in edits], 1) for name in edits[0]}
+    edited = {name: [press(name, text, seed) for text in texts.positive] for name in EDITS}
+    return sets | {f"forget set, {name.replace('_', ' ')}": (prompts, 1) for name, prompts in edited.items()}
 
 
 def _measure(

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from ecoprompt.checks import check_benchmarks, check_runs
 from ecoprompt.files import read_toml
-from ecoprompt.registry import InputError, Registry, benchmarks, corruptions, describe, gates, nearest, selectors
+from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, selectors
 from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
-from ecoprompt.template import template_names
 
 
 class Table(BaseModel):
@@ -170,7 +170,7 @@ class Run:
 
     @property
     def guarded(self) -> bool:
-        return self.corruption is not None
+        return self.gate is not None
 
 
 def digest(*parts: Any) -> str:
@@ -278,7 +278,7 @@ def _plain(run: Run) -> dict[str, Any]:
 def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, or all that is wrong with it."""
     tables, problems = _bind_open_tables(raw)
-    problems += [*_check_runs(raw), *_check_benchmarks(raw)]
+    problems += [*check_runs(raw), *check_benchmarks(raw)]
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
@@ -322,70 +322,6 @@ def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
         return {**closed, "parameters": registry.bind(chosen, parameters, where)}, []
     except InputError as error:
         return closed, list(error.problems)
-
-
-def _check_runs(raw: Mapping[str, Any]) -> list[str]:
-    """What runs need and neither they nor the other tables say."""
-    problems = []
-    model, gate, runs = (raw.get(name, {}) for name in ("model", "gate", "run"))
-    for name, run in runs.items() if isinstance(runs, dict) else ():
-        if not isinstance(run, dict):
-            continue
-        if "model" not in run and isinstance(model, dict) and "name" not in model:
-            problems.append(f"'run.{name}.model': [run.{name}] names no model and there is no [model] name")
-        if run.get("forget") is True and "corruption" not in run and "corruption" not in raw:
-            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is no [corruption]")
-        if run.get("forget") is True and "data" not in raw and isinstance(gate, dict) and "classifier" not in gate:
-            lacking = "neither [data] forget nor [gate] classifier"
-            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is {lacking}")
-        try:
-            template_names(run["prefix"]) if isinstance(run.get("prefix"), str) else None
-        except InputError as error:
-            problems.append(f"'run.{name}.prefix': {error}")
-        if "corruption" in run and run.get("forget", False) is False:
-            problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
-    return problems
-
-
-def _check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the names of benchmarks, of their subsets and of the forget set."""
-    problems = []
-    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
-    for number, entry in enumerate(entries):
-        name = entry.get("benchmark") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            continue
-        if name not in benchmarks:
-            problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
-            continue
-        if not benchmarks[name].subsets:
-            problems.append(f"'evaluate.{number}.benchmark': '{name}' has no rows to evaluate, only prompts for gates")
-        for other in (entry.get("benchmark") for entry in entries[:number] if isinstance(entry, dict)):
-            if (
-                isinstance(other, str)
-                and other in benchmarks
-                and {*benchmarks[other].better()} & {*benchmarks[name].better()}
-            ):
-                problems.append(f"'evaluate.{number}.benchmark': its results are named like those of '{other}' above")
-        for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
-            if subset not in benchmarks[name].subsets:
-                hint = nearest(subset, benchmarks[name].subsets)
-                problems.append(f"'evaluate.{number}.limit.{subset}': no such subset of {name}; {hint}")
-    data = raw["data"] if isinstance(raw.get("data"), dict) else {}
-    checks = data["checks"] if isinstance(data.get("checks"), list) else []
-    for number, name in enumerate(checks):
-        if isinstance(name, str) and (name not in benchmarks or benchmarks[name].gate is None):
-            known = [known for known, benchmark in benchmarks.items() if benchmark.gate and not benchmark.forget_sets]
-            problems.append(f"'data.checks.{number}': no prompts for gates called '{name}'; {nearest(name, known)}")
-    forget = data.get("forget")
-    if isinstance(forget, str):
-        name, _, forget_set = forget.partition("/")
-        if name not in benchmarks:
-            problems.append(f"'data.forget': no benchmark '{name}'; {nearest(name, benchmarks)}")
-        elif forget_set not in benchmarks[name].forget_sets:
-            known = [f"{name}/{known}" for known in benchmarks[name].forget_sets]
-            problems.append(f"'data.forget': no forget set '{forget}'; {nearest(forget, known)}")
-    return problems
 
 
 def _flatten(table: dict[str, Any]) -> dict[str, Any]:

@@ -244,6 +244,7 @@ def _branches(annotation: Any) -> list[Any]:
 corruptions = Registry("corruption", "ecoprompt.corruption")
 selectors = Registry("token selector", "ecoprompt.tokens")
 gates = Registry("gate kind", "ecoprompt.gate")
+pressures = Registry("pressure", "ecoprompt.pressure")
 metrics = Registry("metric", "ecoprompt.metrics")
 aggregates = Registry("aggregate", "ecoprompt.metrics")
 benchmarks = Registry("benchmark", "ecoprompt.benchmarks")

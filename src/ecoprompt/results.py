@@ -1,4 +1,4 @@
-"""Results found by content, and the tables, files and plots that show them."""
+"""Results found by content, and the files and plots that show them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
 
@@ -139,52 +138,6 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
     return [folder / name for name in (*texts, *(["plot.png"] if plot is not None else []))]
 
 
-def table(summary: Mapping[str, Any], columns: Sequence[str] | None = None) -> Table:
-    """The runs as rows and the chosen metrics (default: `summary["columns"]`) as columns, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    chosen = list(columns or _chosen(summary))
-    runs = summary["runs"]
-    timed = any(run.get("seconds") is not None for run in runs.values())
-    # Text, not str: a run may be called eco[corruption.strength=5], which Rich would take for markup.
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.title, shown.caption = Text(_title(summary)), _legend(summary, chosen)
-    shown.title_justify = shown.caption_justify = "left"
-    shown.add_column("run", overflow="fold")
-    for name in chosen:
-        # One word a line and no wrapping: only names of runs are ever folded to fit the terminal, no number is cut.
-        shown.add_column(Text(_heading(summary, name, gap="\n")), justify="right", no_wrap=True)
-    if timed:
-        shown.add_column("seconds", justify="right", no_wrap=True)
-    for name, run in runs.items():
-        seconds = [_seconds(run)] if timed else []
-        shown.add_row(Text(name), *(number(run["metrics"].get(column)) for column in chosen), *seconds)
-    return shown
-
-
-def side_by_side(
-    prompts: Sequence[str], answers: Mapping[str, Sequence[str]], targets: Sequence[str] | None = None
-) -> Table:
-    """Each prompt with the true answer (if given) and the answer of every run below it, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE, show_header=False)
-    shown.add_column(no_wrap=True, style="dim")
-    shown.add_column(overflow="fold")
-    for index, prompt in enumerate(prompts):
-        shown.add_row("prompt", Text(prompt, style="bold"))
-        if targets is not None:
-            shown.add_row("true answer", Text(targets[index]))
-        for run, texts in answers.items():
-            shown.add_row(Text(run), Text(texts[index].strip() or "(nothing)"))
-        shown.add_section()
-    return shown
-
-
 def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
     """(rate, low, high): the share of errors and its exact interval (Clopper and Pearson, 1934); NaN of no prompts."""
     from scipy.stats import beta
@@ -219,33 +172,58 @@ def gate_cells(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return cells
 
 
-def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table:
-    """How often a gate errs on each of its data sets, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=f"gate, threshold {threshold:.4g}", title_justify="left", box=box.SIMPLE_HEAD)
-    head, *rows = gate_cells(measured)
-    shown.add_column(head[0], overflow="fold")
-    for heading in head[1:]:
-        shown.add_column(heading, justify="right")
-    for name, *cells in rows:
-        shown.add_row(Text(name), *cells)
-    return shown
+def grid(subsets: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The column of the first metric of each subset, by the pressures it is put under; "none" is the first of these."""
+    found: dict[str, dict[str, str]] = {}
+    for name, subset in subsets.items():
+        if subset.pressure is None:
+            kinds = {"none": name} | {kind: f"{name}_{kind}" for kind in subset.pressures}
+            found[name] = {kind: f"{full}_{next(iter(subset.metrics))}" for kind, full in kinds.items()}
+    return found
 
 
-def _title(summary: Mapping[str, Any]) -> str:
+def count_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many rows of each benchmark's subsets each run was asked."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["run"] == rows[0]["run"]:
+            of = counts.setdefault(row["benchmark"], {})
+            of[row["subset"]] = of.get(row["subset"], 0) + 1
+    return counts
+
+
+def grids_of(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, list[list[str]]]]:
+    """(run, title, cells) of each benchmark under pressure that a guarded run was evaluated on."""
+    for benchmark, sets in summary.get("grids", {}).items():
+        kinds = list(dict.fromkeys(kind for columns in sets.values() for kind in columns))
+        for run, entry in summary["runs"].items():
+            if not entry.get("gate"):
+                continue
+            head = ["pressure", *(name.replace("_", " ") for name in sets)]
+            rows = [
+                [kind.replace("_", " "), *(_rate(entry["metrics"].get(sets[name].get(kind, ""))) for name in sets)]
+                for kind in kinds
+            ]
+            counts = summary.get("rows", {}).get(benchmark, {})
+            prompts = ["prompts", *(str(counts.get(name, "–")) for name in sets)]
+            yield run, f"{benchmark}, missed (forget) or falsely flagged (others), %", [head, *rows, prompts]
+
+
+def _rate(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}"
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
     return ": ".join(str(summary[part]) for part in ("recipe", "forget") if summary.get(part))
 
 
-def _legend(summary: Mapping[str, Any], chosen: Sequence[str]) -> str | None:
+def legend_of(summary: Mapping[str, Any], chosen: Sequence[str]) -> str | None:
     words = {"higher": "higher is better", "lower": "lower is better", "closer to retain": "closer to retain is better"}
     present = {summary.get("better", {}).get(name) for name in chosen}
     return ", ".join(f"{ARROWS[way]} {words[way]}" for way in ARROWS if way in present) or None
 
 
-def _heading(summary: Mapping[str, Any], name: str, gap: str = " ") -> str:
+def heading_of(summary: Mapping[str, Any], name: str, gap: str = " ") -> str:
     """`name` in words, with the arrow of its direction."""
     arrow = ARROWS.get(summary.get("better", {}).get(name, ""))
     return name.replace("_", gap) + (f" {arrow}" if arrow else "")
@@ -256,7 +234,7 @@ def _every(summary: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for run in summary["runs"].values() for name in run["metrics"]))
 
 
-def _chosen(summary: Mapping[str, Any]) -> list[str]:
+def chosen_columns(summary: Mapping[str, Any]) -> list[str]:
     every = _every(summary)
     return [name for name in summary.get("columns") or every if name in every]
 
@@ -267,7 +245,7 @@ def _gate_columns(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in names if any(isinstance(gate.get(name), (int, float)) for gate in gates)]
 
 
-def _seconds(run: Mapping[str, Any]) -> str:
+def seconds_of(run: Mapping[str, Any]) -> str:
     return "–" if run.get("seconds") is None else f"{run['seconds']:.1f}"
 
 
@@ -286,20 +264,21 @@ def _csv(summary: Mapping[str, Any]) -> str:
 
 def _markdown(summary: Mapping[str, Any]) -> str:
     """The table of the terminal, and below it all metrics with the runs as columns."""
-    runs, chosen = summary["runs"], _chosen(summary)
-    short = [["run", *(_heading(summary, name) for name in chosen), "seconds"]]
+    runs, chosen = summary["runs"], chosen_columns(summary)
+    short = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
     for name, run in runs.items():
-        short.append([name, *(number(run["metrics"].get(column)) for column in chosen), _seconds(run)])
+        short.append([name, *(number(run["metrics"].get(column)) for column in chosen), seconds_of(run)])
     full = [["metric", *runs]]
     for name in _every(summary):
-        full.append([_heading(summary, name), *(number(run["metrics"].get(name)) for run in runs.values())])
+        full.append([heading_of(summary, name), *(number(run["metrics"].get(name)) for run in runs.values())])
     for name in _gate_columns(summary):
         full.append(
             [f"gate: {name.replace('_', ' ')}", *(number((r.get("gate") or {}).get(name)) for r in runs.values())]
         )
-    legend = _legend(summary, _every(summary))
-    parts = [f"# {_title(summary)}", markdown_table(short), markdown_table(full), *([legend] if legend else [])]
-    return "\n\n".join(parts) + "\n"
+    legend = legend_of(summary, _every(summary))
+    grids = [part for run, title, cells in grids_of(summary) for part in (f"{run}: {title}", markdown_table(cells))]
+    parts = [f"# {title_of(summary)}", markdown_table(short), *grids, markdown_table(full), legend or ""]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
@@ -315,7 +294,9 @@ def _plot(summary: Mapping[str, Any]) -> bytes | None:
     except ImportError:
         return None
     runs = summary["runs"]
-    panels = {name: [_coordinate(run["metrics"].get(name)) for run in runs.values()] for name in _chosen(summary)[:4]}
+    panels = {
+        name: [_coordinate(run["metrics"].get(name)) for run in runs.values()] for name in chosen_columns(summary)[:4]
+    }
     panels = {name: points for name, points in panels.items() if not all(map(math.isnan, points))}
     if not panels:
         return None
@@ -329,7 +310,7 @@ def _plot(summary: Mapping[str, Any]) -> bytes | None:
             axes.set_xscale("log")
         elif min(finite) >= 0 and max(finite) <= 1:
             axes.set_xlim(-0.05, 1.05)
-        axes.set_title(_heading(summary, name), fontsize="small", parse_math=False)
+        axes.set_title(heading_of(summary, name), fontsize="small", parse_math=False)
         axes.set_yticks(range(len(runs)), list(runs), parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()

@@ -1,0 +1,197 @@
+"""Puts the rows of benchmarks to a model in one state, and reads back what it said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from ecoprompt.benchmarks import Item, parse_forget
+from ecoprompt.forget import Decision
+from ecoprompt.guard import Guard
+from ecoprompt.metrics import reads
+from ecoprompt.models import Loaded, encode, render, render_answer
+from ecoprompt.pack import TrainedGate, make_forget
+from ecoprompt.recipe import Recipe, Run, digest
+from ecoprompt.registry import Progress, benchmarks, metrics
+from ecoprompt.results import Store
+from ecoprompt.scoring import Request, Sample, answer, log_prob
+from ecoprompt.template import fill
+
+JUDGED = 64
+"""Prompts that a gate judges at a time where no model is asked."""
+GENERATED = ("generation", "samples")
+"""What is generated of all that metrics read: answers that a gate can check."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row put to a model: by what its metrics read, the requests and the keys that their results are stored under."""
+
+    item: Item
+    keys: dict[str, list[str]]
+    wanted: Mapping[str, Sequence[Request]]
+    flagged: bool = False
+    score: float | None = None
+
+
+def ask(
+    loaded: Loaded,
+    recipe: Recipe,
+    run: Run,
+    trained: TrainedGate | None,
+    items: Sequence[Item],
+    store: Store,
+    claimed: set[str],
+    progress: Progress,
+) -> tuple[list[Asked], float]:
+    """Ask a model all rows in one state; returns what was asked and the seconds that computing it took.
+
+    `claimed` are the keys that earlier runs answer; this run's are added.
+    """
+    prefix = _prefix(recipe, run)
+    progress("preparing", 0, 1)
+    requests = [_requests(loaded, item, prefix, recipe.seed) for item in items]
+    guard = None
+    if trained is not None and run.gate is not None and run.tokens is not None and run.corruption is not None:
+        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
+        # Answers are checked below: what is stored for an unflagged prompt is the plain model's, which is any run's.
+        guard = Guard(loaded.model, loaded.tokenizer, replace(spec, check="prompt"))
+
+    def compute() -> float:
+        new = {
+            key: one
+            for row in asked
+            for name in row.keys
+            for key, one in zip(row.keys[name], row.wanted[name], strict=True)
+        }
+        todo = [(key, request) for key, request in new.items() if key not in claimed]
+        claimed.update(new)
+        return answer(loaded, todo, store, guard, run.model.batch_tokens, progress)
+
+    with guard or nullcontext():
+        prompts = [encode(loaded.tokenizer, prompt) for prompt, _ in requests]
+        decisions = guard.decide(prompts) if guard else [None] * len(items)
+        asked = [
+            _asked(loaded, run, item, by_input, decision)
+            for item, (_, by_input), decision in zip(items, requests, decisions, strict=True)
+        ]
+        seconds = compute()
+        if guard is not None and run.gate is not None and run.gate.check == "answer":
+            for number in _refuted(guard, prompts, asked, store):
+                (decision,) = guard.decide([prompts[number]])
+                again = {name: requests[number][1][name] for name in GENERATED if name in asked[number].keys}
+                made = _asked(loaded, run, items[number], again, decision)
+                asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=requests[number][1])
+            seconds += compute()
+    return asked, seconds
+
+
+def _asked(
+    loaded: Loaded, run: Run, item: Item, by_input: Mapping[str, Sequence[Request]], decision: Decision | None
+) -> Asked:
+    """A row with the keys of what is asked of it: of a flagged one, they depend on how it is corrupted."""
+    corrupted = None
+    if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
+        corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
+    keys = {name: [one.key(loaded.fingerprint, corrupted) for one in wanted] for name, wanted in by_input.items()}
+    return Asked(item, keys, by_input, corrupted is not None, decision.score if decision else None)
+
+
+def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], store: Store) -> list[int]:
+    """The rows that the gate lets through alone and flags together with what the model answered."""
+    pairs = [
+        (number, str(store.get(key)))
+        for number, row in enumerate(asked)
+        if not row.flagged
+        for name in GENERATED
+        for key in row.keys.get(name, ())
+    ]
+    found = guard.overrule([prompts[number] for number, _ in pairs], [text for _, text in pairs])
+    return sorted({number for (number, _), flagged in zip(pairs, found, strict=True) if flagged})
+
+
+def judge(
+    recipe: Recipe, run: Run, trained: TrainedGate | None, items: Sequence[Item], progress: Progress
+) -> tuple[list[Asked], float]:
+    """What a run's gate says of all rows, without a language model; and the seconds that it took."""
+    prefix = _prefix(recipe, run)
+    started = time.perf_counter()
+    asked = []
+    for start in range(0, len(items), JUDGED):
+        progress("judging the prompts", start, len(items))
+        some = items[start : start + JUDGED]
+        scores = trained.gate.score([prefix + item.prompt for item in some]) if trained else [None] * len(some)
+        for item, score in zip(some, scores, strict=True):
+            flagged = score is not None and trained is not None and not score <= trained.threshold
+            asked.append(Asked(item, {}, {}, flagged, None if score is None else float(score)))
+    return asked, time.perf_counter() - started
+
+
+def _prefix(recipe: Recipe, run: Run) -> str:
+    """What stands before every prompt of a run, with the names of the forget set's targets filled in."""
+    if run.prefix is None:
+        return ""
+    targets = parse_forget(recipe.data.forget)[1].targets if recipe.data else ()
+    return fill(run.prefix, {"targets": ", ".join(targets)}).strip() + "\n"
+
+
+def _requests(loaded: Loaded, item: Item, prefix: str, seed: int) -> tuple[str, dict[str, list[Request]]]:
+    """The rendered prompt of a row, and by what its metrics read the requests that give it.
+
+    A generation, greedy or sampled, may be as long as the benchmark allows prompt and answer together, a run's prefix
+    not counted.
+    """
+    benchmark = benchmarks[item.benchmark]
+    subset = benchmark.subset(item.subset)
+    bare = [{"role": "user", "content": item.prompt}]
+    messages = [{"role": "user", "content": prefix + item.prompt}]
+    prompt = render(loaded.tokenizer, messages)
+    texts = {"answer": [item.target], "reference": [item.reference], "alternatives": list(item.alternatives)}
+    requests: dict[str, list[Request]] = {}
+    for metric in subset.metrics.values():
+        for name in reads(metric):
+            if name in texts and name not in requests:
+                completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
+                requests[name] = [Request("log_prob", prompt, completion) for completion in completions]
+            elif name in ("generation", "samples") and name not in requests:
+                room = max(benchmark.max_length - len(encode(loaded.tokenizer, render(loaded.tokenizer, bare))), 1)
+                requests[name] = [Request("generation", prompt, max_new_tokens=room)]
+                if name == "samples":
+                    chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
+                    numbers = range(subset.samples or 0)
+                    requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
+    return prompt, requests
+
+
+def row_of(asked: Asked, store: Store) -> dict[str, Any]:
+    """One row of rows.jsonl: what was asked, what came back, and the value of every metric."""
+    item = asked.item
+    subset = benchmarks[item.benchmark].subset(item.subset)
+    stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
+    read: dict[str, Any] = {"target": item.target, "flagged": float(asked.flagged)}
+    for name, found in stored.items():
+        if name == "generation":
+            read[name] = found[0]
+        elif name == "samples":
+            read[name] = found
+        else:
+            probabilities = [log_prob(value) for value in found]
+            read[name] = probabilities if name == "alternatives" else probabilities[0]
+    return {
+        "benchmark": item.benchmark,
+        "subset": item.subset,
+        "forget": subset.forget,
+        "index": item.index,
+        "prompt": item.prompt,
+        "target": item.target,
+        "flagged": asked.flagged,
+        "score": asked.score,
+        **{name: read[name] for name in ("generation", "samples") if name in read},
+        "values": {
+            name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()
+        },
+    }

@@ -1,0 +1,82 @@
+"""What is wrong with the tables of a recipe beyond their types: names that point to nothing, and what is lacking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ecoprompt.registry import InputError, benchmarks, nearest
+from ecoprompt.template import template_names
+
+
+def check_runs(raw: Mapping[str, Any]) -> list[str]:
+    """What runs need and neither they nor the other tables say."""
+    problems = []
+    model, gate, runs = (raw.get(name, {}) for name in ("model", "gate", "run"))
+    gate_alone = not _asks_model(raw)
+    for name, run in runs.items() if isinstance(runs, dict) else ():
+        if not isinstance(run, dict):
+            continue
+        if "model" not in run and isinstance(model, dict) and "name" not in model and not gate_alone:
+            problems.append(f"'run.{name}.model': [run.{name}] names no model and there is no [model] name")
+        if run.get("forget") is True and "corruption" not in run and "corruption" not in raw and not gate_alone:
+            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is no [corruption]")
+        if run.get("forget") is True and "data" not in raw and isinstance(gate, dict) and "classifier" not in gate:
+            lacking = "neither [data] forget nor [gate] classifier"
+            problems.append(f"'run.{name}.forget': [run.{name}] has forget = true, but there is {lacking}")
+        try:
+            template_names(run["prefix"]) if isinstance(run.get("prefix"), str) else None
+        except InputError as error:
+            problems.append(f"'run.{name}.prefix': {error}")
+        if "corruption" in run and run.get("forget", False) is False:
+            problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
+    return problems
+
+
+def _asks_model(raw: Mapping[str, Any]) -> bool:
+    """Whether a benchmark of the recipe needs a language model; a recipe without a benchmark is taken to."""
+    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
+    names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
+    known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
+    return any(benchmark.asks_model for benchmark in known) or not known
+
+
+def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the names of benchmarks, of their subsets and of the forget set."""
+    problems = []
+    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
+    for number, entry in enumerate(entries):
+        name = entry.get("benchmark") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            continue
+        if name not in benchmarks:
+            problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
+            continue
+        if not benchmarks[name].subsets:
+            problems.append(f"'evaluate.{number}.benchmark': '{name}' has no rows to evaluate, only prompts for gates")
+        for other in (entry.get("benchmark") for entry in entries[:number] if isinstance(entry, dict)):
+            if (
+                isinstance(other, str)
+                and other in benchmarks
+                and {*benchmarks[other].better()} & {*benchmarks[name].better()}
+            ):
+                problems.append(f"'evaluate.{number}.benchmark': its results are named like those of '{other}' above")
+        for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
+            if subset not in benchmarks[name].subsets:
+                hint = nearest(subset, benchmarks[name].subsets)
+                problems.append(f"'evaluate.{number}.limit.{subset}': no such subset of {name}; {hint}")
+    data = raw["data"] if isinstance(raw.get("data"), dict) else {}
+    checks = data["checks"] if isinstance(data.get("checks"), list) else []
+    for number, name in enumerate(checks):
+        if isinstance(name, str) and (name not in benchmarks or benchmarks[name].gate is None):
+            known = [known for known, benchmark in benchmarks.items() if benchmark.gate and not benchmark.forget_sets]
+            problems.append(f"'data.checks.{number}': no prompts for gates called '{name}'; {nearest(name, known)}")
+    forget = data.get("forget")
+    if isinstance(forget, str):
+        name, _, forget_set = forget.partition("/")
+        if name not in benchmarks:
+            problems.append(f"'data.forget': no benchmark '{name}'; {nearest(name, benchmarks)}")
+        elif forget_set not in benchmarks[name].forget_sets:
+            known = [f"{name}/{known}" for known in benchmarks[name].forget_sets]
+            problems.append(f"'data.forget': no forget set '{forget}'; {nearest(forget, known)}")
+    return problems
