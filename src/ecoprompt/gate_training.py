@@ -94,7 +94,6 @@ def _arguments(folder: str, settings: Mapping[str, Any]) -> TrainingArguments:
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        train_sampling_strategy="group_by_length",  # little padding: half of the time on a CPU
         dataloader_pin_memory=torch.cuda.is_available(),
         # The loss is a mean over the batch already, so that nothing is left to scale by the number of devices.
         average_tokens_across_devices=False,
