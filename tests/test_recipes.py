@@ -115,9 +115,15 @@ GATES = {
 @pytest.mark.parametrize("name", GATES)
 def test_a_gate_recipe_takes_the_papers_gate_and_a_published_one(name):
     assert load_recipe(name).data.forget == GATES[name]
-    paper = load_recipe(name, ["gate.kind=transformer"])
+    own_keys = name == "gate-wmdp"  # of the linear gate, which the others do not have
+    paper = load_recipe(name, ['gate={ kind = "transformer" }' if own_keys else "gate.kind=transformer"])
     assert (paper.gate.parameters["base"], paper.gate.parameters["epochs"]) == ("FacebookAI/roberta-base", 30)
-    published = load_recipe(name, ["gate.classifier=chrisliu298/some_classifier", "gate.threshold=0.99"])
+    published = load_recipe(
+        name,
+        ['gate={ classifier = "chrisliu298/some_classifier", threshold = 0.99 }']
+        if own_keys
+        else ["gate.classifier=chrisliu298/some_classifier", "gate.threshold=0.99"],
+    )
     assert published.gate.kind == "transformer"
     assert published.corruption is not None
 
