@@ -195,7 +195,7 @@ def test_the_published_classifiers_load_by_id(name, classifier, hub):
 @pytest.mark.parametrize(("name", "recipe"), PUBLISHED.items())
 def test_a_recipe_takes_a_published_classifier(name, recipe, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loaded = load_recipe(recipe, [f"gate.classifier={name}", "gate.threshold=0.999"])
+    loaded = load_recipe(recipe, [f'gate={{ classifier = "{name}", threshold = 0.999 }}'])
     trained = obtain_gate(loaded, loaded.gate, loaded.seed, tmp_path)
     assert (trained.gate.kind, trained.threshold) == ("transformer", 0.999)
     assert trained.gate.score(["hello"]).shape == (1,)
