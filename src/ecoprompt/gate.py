@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
 CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
 """The pressures under which a threshold is calibrated, beside the plain prompts."""
-VIEWS, MOST, DISCOUNT = 32, 32, 0.9
+VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
 """Of the linear gate's features; weights made for others say nothing about these."""
 
