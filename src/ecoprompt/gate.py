@@ -206,7 +206,10 @@ class TransformerGate:
         """[N] scores, each the same but for rounding whatever else is in `texts`. Raises EcopromptError on NaN."""
         import torch
 
-        views = [list(dict.fromkeys([text, *parts(text)])) for text in texts]
+        views = [parts(text) for text in texts]
+        for text, seen in zip(texts, views, strict=True):
+            if text != seen[0] and not seen[0].isascii():  # in other scripts folding may lose what a model can read
+                seen.append(text)
         cut = iter(self.windows([view for group in views for view in group]))
         windows = [[window for _ in group for window in next(cut)] for group in views]
         flat = [window for group in windows for window in group]
