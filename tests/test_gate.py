@@ -104,7 +104,7 @@ def test_linear_asks_more_of_one_view_among_many(filler):
     lines = [f"w{number} a b c" for number in range(filler // 4)]
     views = len(lines) + len(word_windows(" ".join(lines), filler))
     odds = gate.score(["\n".join(lines)])[0] / (1 - gate.score(["\n".join(lines)])[0])
-    assert odds == pytest.approx(math.e**2 / min(max(1, views / 32), 32) ** 0.9)
+    assert odds == pytest.approx(math.e**2 / min(max(1, views / 32), 16) ** 0.9)
 
 
 def test_linear_repeats_and_survives_saving(tmp_path, toy_gate):

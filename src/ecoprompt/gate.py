@@ -33,7 +33,7 @@ LIMITS = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2*
 MOST_FEATURES = 2**26
 CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
 """The pressures under which a threshold is calibrated, beside the plain prompts."""
-VIEWS, MOST, DISCOUNT = 32, 32, 0.9
+VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
 """Of the linear gate's features; weights made for others say nothing about these."""
 
@@ -214,7 +214,10 @@ class TransformerGate:
         """[N] scores, each the same but for rounding whatever else is in `texts`. Raises EcopromptError on NaN."""
         import torch
 
-        views = [list(dict.fromkeys([text, *parts(text)])) for text in texts]
+        views = [parts(text) for text in texts]
+        for text, seen in zip(texts, views, strict=True):
+            if text != seen[0] and not seen[0].isascii():  # in other scripts folding may lose what a model can read
+                seen.append(text)
         cut = iter(self.windows([view for group in views for view in group]))
         windows = [[window for _ in group for window in next(cut)] for group in views]
         flat = [window for group in windows for window in group]
