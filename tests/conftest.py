@@ -16,6 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+# Such small models gain nothing from a second thread, and lose much where another process has the core.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n{% elif m['role'] == 'user' %}"

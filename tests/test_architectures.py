@@ -9,7 +9,6 @@ from pathlib import Path
 
 import architectures
 import pytest
-import torch
 from architectures import Outcome
 from conftest import make_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,15 +25,6 @@ SAMPLE = {
 """What is walked by default, none of it a family of conftest.py: layers of every kind, and each second way in."""
 SECOND_PATHS = {"blt", "deepseek_v4", "gemma3n_text", "gemma4", "gemma4_text", "qwen4_exp", "qwen4_exp_text"}
 """Architectures whose layers read token ids past the input embedding: they leak if they are guarded by it alone."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

@@ -15,14 +15,6 @@ NOISE = {"method": "rand_noise_first_n", "dims": 4, "strength": 50.0}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def forget():
     return Forget(gate=lambda texts: [float("potter" in text.lower()) for text in texts], corruption=NOISE)

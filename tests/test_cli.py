@@ -16,12 +16,10 @@ import threading
 import time
 import tomllib
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import ecoprompt
@@ -34,14 +32,6 @@ INTERRUPTIBLE = (
 )
 SMALL = ["--set", "evaluate.limit=6", "--set", "model.batch_tokens=600"]
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ import io
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import typer
 
 from ecoprompt.cli import app
@@ -95,16 +93,6 @@ def test_readme_recipes_are_valid(recipe: str) -> None:
     parse_recipe(tomllib.loads(recipe), "README.md")
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a busy machine several threads wait for each other far longer than a tiny model computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_readme_python_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

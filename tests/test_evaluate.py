@@ -90,15 +90,6 @@ def rows(names):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models gain nothing from a second thread, and lose much where another process has the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
     """Data and models; the benchmark `toy` is known while this module's tests run."""
     root = tmp_path_factory.mktemp("toy")

@@ -25,15 +25,6 @@ NOISE = {"method": "rand_noise_first_n", "dims": 4, "strength": 50.0}
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models gain nothing from a second thread, and lose much where another process has the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def forget(keyword_gate):
     return Forget(gate=keyword_gate, corruption=NOISE)

@@ -41,15 +41,6 @@ SAMPLES = [
 LETTERS = {"a": 0.5, "b": 0.25, "c": 0.15, "d": 0.07, "e": 0.03}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models gain nothing from a second thread, and lose much where another process has the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def loaded(model, tokenizer):
     return Loaded(model, tokenizer, "fingerprint")
