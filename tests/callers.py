@@ -299,11 +299,20 @@ def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
 
 @caller("several threads at once", "forward")
 def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    threads = [threading.Thread(target=lambda text=text: model(**padded(tokenizer, [text]))) for text in [*texts] * 3]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _at_once(lambda text: model(**padded(tokenizer, [text])), [*texts] * 3)
+
+
+@caller("several threads at once", "generate")
+def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    _at_once(lambda text: model.generate(**padded(tokenizer, [text]), **GREEDY), [*texts] * 2)
+
+
+def _at_once(call: Callable[[str], Any], texts: Sequence[str]) -> None:
+    """Call in a thread for each text; raises what a thread raised."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(call, texts))
 
 
 @caller("torch.nn.DataParallel", "forward")
@@ -356,6 +365,13 @@ def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
 @caller("model.forward instead of model", "forward", refused=True)
 def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     model.forward(**padded(tokenizer, texts))
+
+
+@caller("torch.jit.trace of a guarded model", "forward", refused=True)
+def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    import torch
+
+    torch.jit.trace(model, padded(tokenizer, texts)["input_ids"], strict=False)
 
 
 @caller("torch.compile of a guarded model", "forward", slow=True)

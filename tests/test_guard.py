@@ -136,9 +136,12 @@ def test_a_mask_cannot_hide_text(model, tokenizer, forget):
     ids = torch.tensor([tokenizer.encode(f"{SECRET} {SHORT}")])
     mask = torch.zeros_like(ids)
     mask[0, -1] = 1
+    last = torch.ones_like(ids)
+    last[0, -1] = 0  # a word of one token, whose logits could be read
     with guard(model, tokenizer, forget), embedded(model) as seen:
-        with pytest.raises(UnguardedError, match="hides tokens"):
-            model(ids, attention_mask=mask)
+        for hiding in (mask, last):
+            with pytest.raises(UnguardedError, match="hides tokens"):
+                model(ids, attention_mask=hiding)
         with pytest.raises(UnguardedError, match="hides tokens"):
             model.generate(ids, attention_mask=mask, **GREEDY)
     assert not seen
@@ -559,11 +562,9 @@ def test_scope_says_what_becomes_of_a_given_answer(model, tokenizer, forget):
 def test_prompt_lengths_that_do_not_fit_are_refused(model, tokenizer, forget):
     inputs = batch(tokenizer, [SECRET, PLAIN], "right")
     with guard(model, tokenizer, forget) as attached:
-        for lengths in ([1], [1, 1, 1], [1, 1000], [-1, 3]):
+        for lengths in ([1], [1, 1, 1], [1, 1000], [-1, 3], [0, 0]):
             with pytest.raises(UnguardedError, match="prompt_lengths"), attached.prompt_lengths(lengths):
                 model(**inputs)
-        with attached.prompt_lengths([0, 0]):
-            model(**inputs)  # an empty prompt
         with attached.prompt_lengths([1, 1]), contextlib.suppress(Broken), attached.prompt_lengths([2, 2]):
             fail()
         model(**inputs)
@@ -702,11 +703,10 @@ def test_an_answer_that_gives_it_away_is_made_anew(model, tokenizer, keyword_gat
     assert [decision.flagged for decision in decisions] == [False, True, True]
     assert torch.equal(again[:, : found.shape[1]], found)
     assert not torch.equal(forced, logits(model, **batch(tokenizer, [SHORT])))
-    short = torch.tensor([tokenizer.encode(SHORT)])
+    clean = model.get_input_embeddings()(inputs["input_ids"])
     regenerated = entered[GREEDY["max_new_tokens"]]  # the first forward after the first answers
-    assert changed(model.get_input_embeddings()(short), regenerated[:, -short.shape[1] :]) == [
-        list(range(max(short.shape[1] - 1, 1)))
-    ]
+    start = width - len(tokenizer.encode(SHORT))
+    assert changed(clean, regenerated)[:2] == [[], list(range(start, max(width - 1, start + 1)))]
 
 
 def test_a_checked_answer_is_streamed_whole(model, tokenizer, keyword_gate):
@@ -717,9 +717,144 @@ def test_a_checked_answer_is_streamed_whole(model, tokenizer, keyword_gate):
     with guard(model, tokenizer, forget):
         found = model.generate(**inputs, streamer=streamer, **GREEDY)
         several = model.generate(**inputs, num_return_sequences=3, do_sample=True, max_new_tokens=3)
-        for refused in ({"return_dict_in_generate": True}, {"past_key_values": DynamicCache()}):
+        for refused in (
+            {"return_dict_in_generate": True},
+            {"past_key_values": DynamicCache()},
+            {"logits_processor": [lambda ids, scores: scores]},
+        ):
             with pytest.raises(UnguardedError, match="check"):
                 model.generate(**inputs, **refused, **GREEDY)
     assert put[-1] is None
     assert torch.equal(torch.cat([put[0][0], *put[1:-1]]), found[0])
     assert len(several) == 3
+
+
+def test_the_answer_to_a_later_question_is_checked_too(model, tokenizer):
+    """Also where an earlier question of the conversation is flagged as it stands."""
+    said = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "Nobody."}]
+    said.append({"role": "user", "content": "Zounds?"})
+    ids = torch.tensor([encode(tokenizer, render(tokenizer, said))])
+    seen = []
+
+    def gate(read):
+        seen.extend(read)
+        return [float("Potter" in text and "Nobody" not in text) for text in read]
+
+    with guard(model, tokenizer, Forget(gate=gate, corruption=NOISE, context=0, check="answer")) as attached:
+        model.generate(ids, **GREEDY)
+        assert attached.decisions[0].turn_scores == (1.0, 0.0, 0.0)
+    assert any(text.startswith("Zounds?\n") for text in seen)
+
+
+def test_rows_keep_their_own_settings_when_they_are_made_anew(model, tokenizer):
+    inputs = batch(tokenizer, [PLAIN, SHORT, "Rome"])
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [300 + row]}
+    gate = lambda read: [float(text.startswith("Rome\n")) for text in read]  # noqa: E731
+    with guard(model, tokenizer, Forget(gate=gate, corruption=NOISE, check="answer")) as attached:
+        found = model.generate(**inputs, **allowed, **GREEDY)
+        assert [decision.flagged for decision in attached.decisions] == [False, False, True]
+    assert found[:, -2:].tolist() == [[300, 300], [301, 301], [302, 302]]
+
+
+def test_what_only_looks_like_a_step_is_gated(model, tokenizer, forget):
+    """A logits processor's own forwards: on a cache of its own, and on the prompt with a question behind it."""
+    plain, secret = (torch.tensor([tokenizer.encode(text)]) for text in (PLAIN, SECRET))
+    own = model(plain, use_cache=True).past_key_values
+    tried = []
+
+    def on_a_cache(ids, scores):
+        with pytest.raises(UnguardedError, match="continues"):
+            model(secret, past_key_values=own)
+        tried.append(1)
+        return scores
+
+    def behind_the_prompt(ids, scores):
+        model(torch.cat([plain, secret], 1), use_cache=False)
+        tried.append(2)
+        return scores
+
+    expected = model.generate(plain, **GREEDY)
+    with guard(model, tokenizer, forget):
+        assert torch.equal(model.generate(plain, logits_processor=[on_a_cache], **GREEDY), expected)
+        with embedded(model) as seen:
+            found = model.generate(
+                plain,
+                logits_processor=[behind_the_prompt],
+                use_cache=False,
+                max_new_tokens=1 + secret.shape[1],
+                do_sample=False,
+            )
+        assert torch.equal(found[:, : expected.shape[1]], expected)
+    both = torch.cat([plain, secret], 1)
+    clean = model.get_input_embeddings()(both)
+    own_forwards = [one for one in seen if one.shape == clean.shape and torch.equal(one[0, -1], clean[0, -1])]
+    assert set(tried) == {1, 2}
+    assert own_forwards
+    assert all(len(changed(clean, one)[0]) == both.shape[1] - 1 for one in own_forwards)
+
+
+def test_ids_changed_under_the_guards_eyes_are_refused(model, tokenizer, forget):
+    ids, secret = torch.tensor([tokenizer.encode(PLAIN)]), torch.tensor(tokenizer.encode(SECRET))
+
+    def change(module, args):
+        args[0][0, : len(secret)] = secret
+
+    with guard(model, tokenizer, forget):
+        handle = model.register_forward_pre_hook(change)
+        with pytest.raises(UnguardedError, match="something other"):
+            model(ids)
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_guarded_model_is_not_traced(model, tokenizer, forget):
+    with guard(model, tokenizer, forget), pytest.raises(UnguardedError, match="traced"):
+        torch.jit.trace(model, torch.tensor([tokenizer.encode(PLAIN)]), strict=False)
+
+
+def test_two_guards_may_not_undo_each_other(model, tokenizer, keyword_gate):
+    flips = [Forget(gate=keyword_gate, corruption={"method": "flip_sign_first_n", "dims": 32}) for _ in range(2)]
+    secret = torch.tensor([tokenizer.encode(SECRET)])
+    with guard(model, tokenizer, flips[0]):
+        model(secret)
+        with guard(model, tokenizer, flips[1]), pytest.raises(UnguardedError, match="undo"):
+            model(secret)
+        other = Forget(gate=keyword_gate, corruption=NOISE)
+        with guard(model, tokenizer, other), embedded(model) as seen:
+            model(secret)
+    assert changed(model.get_input_embeddings()(secret), seen[0]) == [list(range(secret.shape[1] - 1))]
+
+
+def test_guards_leave_nothing_behind_in_whatever_order_they_go(model, tokenizer, forget):
+    one, two, three = (guard(model, tokenizer, forget) for _ in range(3))
+    for attached in (one, two, three):
+        attached.__enter__()
+    for attached in (two, one, three):
+        attached.__exit__()
+    assert without_trace(model)
+    assert not {"generate_batch", "init_continuous_batching"} & set(vars(model))
+
+
+def test_a_generation_of_another_thread_is_guarded_to_its_end(model, tokenizer, forget):
+    secret = batch(tokenizer, [SECRET])
+    begun, found = threading.Event(), []
+
+    def step(ids, scores):
+        begun.set()
+        return scores
+
+    def work():
+        found.append(
+            model.generate(**secret, use_cache=False, logits_processor=[step], max_new_tokens=20, do_sample=False)
+        )
+
+    attached = guard(model, tokenizer, forget).__enter__()
+    with embedded(model) as seen:
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait(60)
+        attached.__exit__()
+        thread.join()
+    clean, length = model.get_input_embeddings()(secret["input_ids"]), secret["input_ids"].shape[1]
+    assert found
+    assert all(changed(clean, one[:, :length]) == [list(range(length - 1))] for one in seen)

@@ -45,6 +45,7 @@ ORDER = (
         "card",
         "pack",
         "calls",
+        "answers",
         "guard",
         "scoring",
         "asking",

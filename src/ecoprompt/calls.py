@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ecoprompt.registry import InputError, UnguardedError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 """The modes of `generate` that are guarded; another one raises before the model sees the prompt."""
@@ -133,7 +134,7 @@ def _is_input(name: str, value: Any) -> bool:
 
 def same(ids: Any, other: Tensor) -> bool:
     """Whether two tensors of token ids are equal, wherever they are."""
-    return ids is other or (getattr(ids, "shape", None) == other.shape and bool((ids.cpu() == other.cpu()).all()))
+    return getattr(ids, "shape", None) == other.shape and bool((ids.cpu() == other.cpu()).all())
 
 
 def is_filled(cache: Any) -> bool:
@@ -151,24 +152,29 @@ def _is_filled_layer(layer: Any) -> bool:
     return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0
 
 
-def cached(arguments: dict[str, Any]) -> int | None:
-    """How many tokens of each row the forward's cache holds; None if there is a cache that does not say."""
-    for name in CONTINUING:
-        cache: Any = arguments.get(name)
-        if is_filled(cache):
-            try:
-                return int(cache.get_seq_length())
-            except (AttributeError, ValueError):  # a state of linear attention, which knows no length
-                return None
-    return 0
+def cache_of(named: dict[str, Any]) -> Any:
+    """The cache among the arguments or the outputs of a forward, if there is one."""
+    return next((named[name] for name in CONTINUING if named.get(name) is not None), None)
 
 
-def columns_of(ids: Tensor, mask: Any, pad: int | None) -> list[list[int]]:
+def held_by(cache: Any) -> int | None:
+    """How many tokens of each row a cache holds; None if it holds some and does not say."""
+    if not is_filled(cache):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # a state of linear attention, which knows no length
+        return None
+
+
+def columns_of(ids: Tensor, mask: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """By row of `ids` [B, T], the columns that hold tokens.
 
-    Without a mask, runs of the padding token `pad` at either end are padding, and so is, in a batch, what a caller
+    Without a mask, runs of the padding token at either end are padding, and so is, in a batch, what a caller
     fills up its rows with: zeros, as lm-evaluation-harness does. Raises UnguardedError for a mask that hides text.
     """
+    pad = tokenizer.pad_token_id
+    blank = {0, pad, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     if mask is not None and getattr(mask, "shape", None) != ids.shape:
         raise UnguardedError("the guard reads attention masks of shape [batch, tokens] only")
     columns = []
@@ -180,8 +186,8 @@ def columns_of(ids: Tensor, mask: Any, pad: int | None) -> list[list[int]]:
         else:
             held = mask[number].nonzero().flatten().tolist()
             # Not every model heeds the mask (of a state space model's single row, say), and what a masked column
-            # gives can be read off the logits. So no text may hide there: one token, repeated, is padding.
-            if len({row[column] for column in set(range(len(row))).difference(held)} - {pad}) > 1:
+            # gives can be read off the logits. So no text may hide there.
+            if held and not {row[column] for column in set(range(len(row))).difference(held)} <= blank:
                 raise UnguardedError("attention_mask hides tokens that are not padding; leave them out instead")
         columns.append(held or list(range(len(row))))
     return columns
@@ -198,6 +204,39 @@ def refuse_packed(position_ids: Any, columns: Sequence[Sequence[int]]) -> None:
         positions = [table[row if len(table) > 1 else 0][column] for column in present]
         if any(after - before != 1 for before, after in zip(positions, positions[1:], strict=False)):
             raise UnguardedError("position_ids pack several prompts into one row, which is not guarded")
+
+
+def parts_that_embed(model: PreTrainedModel) -> list[nn.Module]:
+    """The parts of the model that could be called instead of it, with embeddings of the caller's own."""
+    return [
+        module
+        for module in model.modules()
+        if module is not model and "inputs_embeds" in inspect.signature(module.forward).parameters
+    ]
+
+
+def wrap(model: Any, name: str, call: Callable[..., Any]) -> Callable[[], None]:
+    """Put `call(original, args, kwargs)` in place of a method of the model; returns what takes it off again.
+
+    Wrappers may come off in any order: one below another does nothing from then on, and goes with it.
+    """
+    original, own = getattr(model, name), name in vars(model)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return call(original, args, kwargs) if vars(wrapper)["on"] else original(*args, **kwargs)
+
+    def undo() -> None:
+        vars(wrapper)["on"] = False
+        while not vars(top := vars(model).get(name, call)).get("on", True):
+            below, kept = vars(top)["below"]
+            delattr(model, name)
+            if kept:
+                setattr(model, name, below)
+
+    vars(wrapper).update(on=True, below=(original, own))
+    setattr(model, name, wrapper)
+    return undo
 
 
 def generation_settings(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 Dims = Annotated[int, Field(ge=1, description="how many embedding dimensions")]
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False, description="standard deviation, or the value")]
+Strength = Annotated[float, Field(gt=0, allow_inf_nan=False, description="standard deviation, or the value")]
 
 
 def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: float) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from ecoprompt.models import to_text
 from ecoprompt.registry import InputError, UnguardedError, corruptions, selectors
 from ecoprompt.tokens import mask
-from ecoprompt.turns import Turn, turns
+from ecoprompt.turns import Turn, readable, turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,12 +141,19 @@ class Forget:
         texts = [to_text(tokenizer, ids) for ids in prompts]
         said = [turns(tokenizer, text) for text, _ in texts]
         views = [[(turn.content, self._in_context(row, number)) for number, turn in enumerate(row)] for row in said]
-        contents = list(dict.fromkeys(view for row in views for pair in row for view in pair))
+        # Markup that a user typed may split one text into turns, so several turns are read as one text as well.
+        wholes = [
+            readable(tokenizer, text) if len(row) > 1 else None for (text, _), row in zip(texts, said, strict=True)
+        ]
+        found = [*wholes, *(view for row in views for pair in row for view in pair)]
+        contents = list(dict.fromkeys(view for view in found if view is not None))
         scores = dict(zip(contents, self._scores(contents), strict=True))
         decisions = []
-        for ids, (text, offsets), row, read in zip(prompts, texts, said, views, strict=True):
+        for ids, (text, offsets), row, read, whole in zip(prompts, texts, said, views, wholes, strict=True):
             more = overruled or {}
             heard = tuple(_highest(scores[one], scores[other], more.get(other, 0.0)) for one, other in read)
+            if whole is not None and all(score <= self.threshold for score in heard):
+                heard = tuple(_highest(score, scores[whole]) for score in heard)
             flagged = [turn for turn, score in zip(row, heard, strict=True) if not score <= self.threshold]
             picked = [self._select(text, offsets, ids, turn) for turn in flagged]
             decisions.append(Decision(text, _highest(0.0, *heard), bool(flagged), heard, tuple(picked)))
@@ -234,7 +241,7 @@ class Forget:
             generator = torch.Generator().manual_seed(self._noise_seed(selection.seed_ids))
             index = torch.tensor(selection.positions, dtype=torch.long, device=embeddings.device)
             corrupted[index] = method(embeddings[index], generator, **parameters)
-            if torch.equal(corrupted[index], embeddings[index]) and parameters.get("strength") != 0:
+            if torch.equal(corrupted[index], embeddings[index]):
                 raise UnguardedError(
                     f"'{self.corruption['method']}' leaves the {len(index)} selected token(s) of a flagged prompt "
                     "as they are; select more tokens or take another corruption"

@@ -6,19 +6,23 @@ import contextlib
 import functools
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ecoprompt.answers import generate_checked, prompt_of
 from ecoprompt.calls import (
     BATCHING,
+    CONTINUING,
     arguments_of,
-    cached,
+    cache_of,
     columns_of,
     generation_settings,
+    held_by,
     input_embedding,
+    parts_that_embed,
     reads_tokens,
     refuse_compiled,
     refuse_packed,
@@ -27,6 +31,7 @@ from ecoprompt.calls import (
     second_paths,
     shape,
     unwrapped,
+    wrap,
 )
 from ecoprompt.forget import Decision, Forget
 from ecoprompt.pack import load_forget
@@ -43,7 +48,7 @@ Rows = list[tuple[list[int], Decision]]
 
 
 def guard(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget | str | Path) -> Guard:
-    """A guard for `model`, to be used in a `with` block: inside it every call of the model is gated.
+    """A guard for `model`, to be used in a `with` block: inside it every call of the model is gated, outside none.
 
     `forget` is a Forget object, a recipe, a pack folder or a Hub id. Raises InputError for a model that cannot be
     guarded; calls inside the block that cannot be gated raise UnguardedError.
@@ -53,10 +58,12 @@ def guard(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Fo
 
 @dataclass
 class _Call:
-    """One forward of the model: its token ids [B, T], and what was decided of their rows."""
+    """One forward of the model: its token ids [B, T], what was decided of their rows, and whose step it is."""
 
     input_ids: Tensor
     rows: Rows = field(default_factory=list)
+    step_of: _Generation | None = None
+    cache: Any = None
     embedded: bool = False
 
     @property
@@ -68,14 +75,15 @@ class _Call:
 class _Generation:
     """One call of `generate`: the token ids [B, P] and the attention mask it was given, None where none was.
 
-    Once prefilled, `prompt` has a row for each sequence that is generated, `rows` is what was decided of them, and
-    `width` is the length of a row in the latest forward without a cache.
+    Once prefilled, `prompt` has a row for each sequence that is generated, `rows` is what was decided of them,
+    `latest` are the ids of its latest forward [B, T], and `cache` is what this forward left behind.
     """
 
     prompt: Tensor | None
     attention_mask: Tensor | None
-    width: int = 0
     rows: Rows | None = None
+    latest: Tensor | None = None
+    cache: Any = None
 
 
 class _State(threading.local):
@@ -94,17 +102,19 @@ class Guard:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget) -> None:
+        if not hasattr(tokenizer, "pad_token_id") or not callable(tokenizer):
+            raise InputError(f"found {type(tokenizer).__name__} as the tokenizer, expected the model's own")
         self.model = unwrapped(model)
         self.tokenizer = tokenizer
         self.forget = forget
         self.decisions: list[Decision] = []
         refuse_compiled(model, input_embedding(self.model))
         self._embedding = input_embedding(self.model)
-        self._inner = getattr(self.model, "base_model", self.model)
         forget.check_hidden_size(shape(self._embedding)[1])
         self._known: OrderedDict[tuple[int, ...], Decision] = OrderedDict()
         self._overruled: dict[str, float] = {}
-        self._state, self._lock = _State(), threading.Lock()
+        self._state, self._lock = _State(), threading.Condition()
+        self._generating: Counter[int] = Counter()
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -122,13 +132,15 @@ class Guard:
                 for name, module in second_paths(self.model, self._embedding)
             ),
         ]
-        if self._inner is not self.model:
-            self._handles.append(self._inner.register_forward_pre_hook(self._refuse_alone))
+        for part in parts_that_embed(self.model):
+            self._handles.append(part.register_forward_pre_hook(self._refuse_alone))
         wrapped = {"generate": self._generate, **dict.fromkeys(BATCHING, _refuse_batching)}
-        self._undo = [self._wrap(name, call) for name, call in wrapped.items() if hasattr(self.model, name)]
+        self._undo = [wrap(self.model, name, call) for name, call in wrapped.items() if hasattr(self.model, name)]
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with self._lock:  # a generation of another thread is guarded to its end
+            self._lock.wait_for(lambda: not set(self._generating) - {threading.get_ident()})
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -162,49 +174,54 @@ class Guard:
             self._state.lengths = outer
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
         state, generation = self._state, self._state.generation
         state.call = None  # there is one left if a keyboard interrupt ended the forward before
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            raise UnguardedError("a guarded model cannot be traced, as the traced one would not be guarded")
         arguments = arguments_of(module, args, kwargs)
         if arguments.get("inputs_embeds") is not None:
             raise UnguardedError("a guarded model takes token ids; inputs_embeds cannot be gated")
         ids = arguments.get("input_ids")
         if ids is None or ids.dim() != 2:
             raise UnguardedError("a guarded model needs input_ids of shape [batch, tokens]")
-        if generation is None:
-            rows = self._gate(ids, arguments)
-        elif generation.rows is None:
-            rows = self._prefill(ids, arguments, generation)
-        else:
-            rows = self._continue(ids, arguments, generation, generation.rows)
-        state.call = _Call(ids, rows)
+        rows = None
+        if generation is not None:
+            follow = self._prefill if generation.rows is None else self._continue
+            rows = follow(ids, arguments, generation)
+        # A forward that is no step of this generation (a streamer or a logits processor may do one) is gated by itself.
+        step_of = generation if rows is not None else None
+        rows = self._gate(ids, arguments) if rows is None else rows
+        state.call = _Call(ids.clone(), rows, step_of, cache_of(arguments))
 
-    def _prefill(self, ids: Tensor, arguments: dict[str, Any], generation: _Generation) -> Rows:
+    def _prefill(self, ids: Tensor, arguments: dict[str, Any], generation: _Generation) -> Rows | None:
         """Decide the prompts of a generation; what follows them in a row are tokens that an assistant proposes.
 
-        A forward of something else (a streamer may do one before) is gated by itself.
+        None for a forward of something else.
         """
         given = ids if generation.prompt is None else generation.prompt
         if not len(given) or len(ids) % len(given):
-            return self._gate(ids, arguments)
+            return None
         copies = len(ids) // len(given)
         given = given.repeat_interleave(copies, 0)
         if not same(ids[:, : given.shape[1]], given):
-            return self._gate(ids, arguments)
+            return None
         mask = generation.attention_mask
         if mask is not None and mask.dim() == 2:
             mask = mask.repeat_interleave(copies, 0)
         generation.rows = self._gate(ids[:, : given.shape[1]], {**arguments, "attention_mask": mask})
-        generation.prompt, generation.width = given, ids.shape[1]
+        generation.prompt, generation.latest = given, ids.clone()
         return generation.rows
 
     def _gate(self, ids: Tensor, arguments: dict[str, Any]) -> Rows:
         """Decide every row of a prefill; raises UnguardedError for what is not one whole prompt a row."""
         refuse_unread(arguments)
-        columns = columns_of(ids, arguments.get("attention_mask"), self.tokenizer.pad_token_id)
+        columns = columns_of(ids, arguments.get("attention_mask"), self.tokenizer)
         refuse_packed(arguments.get("position_ids"), columns)
         tokens = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
         lengths = [len(row) for row in tokens] if self._state.lengths is None else self._state.lengths
-        if len(lengths) != len(tokens) or any(not 0 <= n <= len(row) for n, row in zip(lengths, tokens, strict=True)):
+        if len(lengths) != len(tokens) or any(not 1 <= n <= len(row) for n, row in zip(lengths, tokens, strict=True)):
             raise UnguardedError("prompt_lengths does not fit the batch that the model was called with")
         prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         self.decisions = [
@@ -213,28 +230,28 @@ class Guard:
         ]
         return list(zip(columns, self.decisions, strict=True))
 
-    def _continue(
-        self,
-        ids: Tensor,
-        arguments: dict[str, Any],
-        generation: _Generation,
-        prefilled: Rows,
-    ) -> Rows:
+    def _continue(self, ids: Tensor, arguments: dict[str, Any], generation: _Generation) -> Rows | None:
         """What to corrupt once the prompt is prefilled: nothing of new tokens; the prompt again without a cache.
 
-        A forward that is no step of this generation (a logits processor may do one) is gated by itself.
+        None for a forward that is no step of this generation.
         """
         assert generation.prompt is not None
-        rows, width = generation.prompt.shape
-        held = cached(arguments)
+        assert generation.latest is not None
+        cache, (rows, width) = cache_of(arguments), generation.prompt.shape
+        held = held_by(cache)
         if held != 0:
+            if cache is not generation.cache:
+                return None
             if len(ids) == rows and (ids.shape[1] == 1 if held is None else held >= width):
                 return []
             raise UnguardedError("generate took a step that the guard cannot follow")
-        if ids.shape == (rows, generation.width + 1) and same(ids[:, :width], generation.prompt):
-            generation.width += 1
-            return prefilled
-        return self._gate(ids, arguments)
+        if ids.shape != (rows, generation.latest.shape[1] + 1) or not same(ids[:, :width], generation.prompt):
+            return None
+        written = set(map(tuple, generation.latest.tolist()))  # of beams, rows go on from one another
+        if not written.issuperset(map(tuple, ids[:, :-1].tolist())):
+            return None
+        generation.latest = ids.clone()
+        return generation.rows
 
     def _corrupt(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         call = self._state.call
@@ -249,7 +266,18 @@ class Guard:
         for row, (columns, decision) in enumerate(call.rows):
             if decision.flagged:
                 corrupted[row, columns] = self.forget.corrupt(output[row, columns], decision)
+        hooks = module._forward_hooks.values()
+        if sum(getattr(hook, "__func__", None) is Guard._corrupt for hook in hooks) > 1:
+            self._refuse_undone(call, module.forward(*args, **kwargs), corrupted)
         return corrupted
+
+    def _refuse_undone(self, call: _Call, clean: Tensor, corrupted: Tensor) -> None:
+        """Raises UnguardedError where this guard has put right what another guard on the model corrupted."""
+        for row, (columns, decision) in enumerate(call.rows):
+            if decision.flagged:
+                kept = [columns[position] for position in decision.positions]
+                if clean[row, kept].isclose(corrupted[row, kept], rtol=1e-3, atol=1e-5).all(-1).any():
+                    raise UnguardedError("two guards on this model undo each other's corruption")
 
     def _refuse_alone(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._state.call is None:
@@ -263,26 +291,11 @@ class Guard:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self._state.call = self._state.call, None
+        if call is not None and call.step_of is not None:
+            left = {name: getattr(output, name, None) for name in CONTINUING}
+            call.step_of.cache = call.cache if cache_of(left) is None else cache_of(left)
         if call is not None and output is not None and call.flagged and not call.embedded:
             raise UnguardedError("the model did not use its input embedding, so its answer is not guarded")
-
-    def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[[], None]:
-        """Put `call(original, args, kwargs)` in place of a method of the model; returns what takes it off again."""
-        original = getattr(self.model, name)
-        own = name in vars(self.model)
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return call(original, args, kwargs) if self._handles else original(*args, **kwargs)
-
-        def undo() -> None:
-            if vars(self.model).get(name) is wrapper:
-                delattr(self.model, name)
-                if own:
-                    setattr(self.model, name, original)
-
-        setattr(self.model, name, wrapper)
-        return undo
 
     def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`generate` under the guard: prompt told from what follows it, and the answer checked if that is wanted."""
@@ -293,58 +306,25 @@ class Guard:
             raise UnguardedError("generate with an assistant that shares the model's embedding is not guarded")
         arguments["disable_compile"] = True  # what a static cache is compiled for on a GPU passes over hooks
         if self.forget.check == "answer":
-            return self._generate_checked(original, arguments, config)
+            return generate_checked(self, functools.partial(self._follow, original), arguments, config)
         return self._follow(original, arguments)
 
     def _follow(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """`original(**arguments)`, a call of `generate`, with its forwards told apart."""
-        generation = _Generation(_prompt(arguments), arguments.get("attention_mask"))
+        generation = _Generation(prompt_of(arguments), arguments.get("attention_mask"))
         outer, self._state.generation = self._state.generation, generation
+        with self._lock:
+            self._generating[threading.get_ident()] += 1
         try:
             return original(**arguments)
         finally:
             self._state.generation = outer
-
-    def _generate_checked(self, original: Callable[..., Any], arguments: dict[str, Any], config: Any) -> Any:
-        """Generate, let the gate read each question with its answer, and generate the flagged ones again, corrupted.
-
-        The question is flagged from then on. Nothing is streamed before it is checked.
-        """
-        ids = _prompt(arguments)
-        if ids is None or config.return_dict_in_generate or arguments.get("past_key_values") is not None:
-            raise UnguardedError('check = "answer" needs generate to take input_ids alone and to return tokens alone')
-        streamer = arguments.pop("streamer", None)
-        found = self._follow(original, arguments)
-        decisions = self.decisions
-        again = self._refuted(ids, arguments.get("attention_mask"), found)
-        if again:
-            part = {
-                name: value[again] if getattr(value, "shape", ())[:1] == ids.shape[:1] else value
-                for name, value in arguments.items()
-            }
-            fresh = self._follow(original, part)
-            copies, each = len(found) // len(ids), len(decisions) // len(ids)
-            found = _replace_rows(found, fresh, [row * copies + n for row in again for n in range(copies)], config)
-            for place, row in enumerate(again):
-                decisions[row * each : (row + 1) * each] = self.decisions[place * each : (place + 1) * each]
-            self.decisions = decisions
-        if streamer is not None:
-            streamer.put(ids.cpu())
-            for token in found[0, ids.shape[1] :].cpu():
-                streamer.put(token[None])
-            streamer.end()
-        return found
-
-    def _refuted(self, ids: Tensor, mask: Any, found: Tensor) -> list[int]:
-        """The rows of `ids` [B, P] that the gate lets through alone and flags with an answer in `found` [B * k, T]."""
-        columns = columns_of(ids, mask, self.tokenizer.pad_token_id)
-        prompts = [[int(row[column]) for column in present] for row, present in zip(ids.tolist(), columns, strict=True)]
-        copies = len(found) // len(ids)
-        rows = [row for row, one in enumerate(self.decide(prompts)) if not one.flagged for _ in range(copies)]
-        places = [row * copies + number % copies for number, row in enumerate(rows)]
-        answers = [self.tokenizer.decode(found[n, ids.shape[1] :], skip_special_tokens=True).strip() for n in places]
-        refuted = self.overrule([prompts[row] for row in rows], answers)
-        return sorted({row for row, flagged in zip(rows, refuted, strict=True) if flagged})
+            if generation.rows is not None:  # not what a forward of something else inside it was about
+                self.decisions = [decision for _, decision in generation.rows]
+            with self._lock:
+                self._generating[threading.get_ident()] -= 1
+                self._generating += Counter()  # drops those at zero
+                self._lock.notify_all()
 
     def overrule(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[bool]:
         """Which prompts the gate flags when it reads them with these answers; from now on they are flagged alone."""
@@ -352,6 +332,8 @@ class Guard:
         flagged = {read: score for read, score in judged if not score <= self.forget.threshold}
         with self._lock:
             self._overruled |= flagged
+            while len(self._overruled) > REMEMBERED:
+                self._overruled.pop(next(iter(self._overruled)))
             if flagged:
                 self._known.clear()
         return [read in flagged for read, _ in judged]
@@ -363,24 +345,6 @@ def _drop_compiled() -> None:
         import torch
 
         torch.compiler.reset()
-
-
-def _prompt(arguments: dict[str, Any]) -> Tensor | None:
-    """The token ids that `generate` is given."""
-    ids: Tensor | None = arguments.get("inputs")
-    return arguments.get("input_ids") if ids is None else ids
-
-
-def _replace_rows(found: Tensor, fresh: Tensor, rows: Sequence[int], config: Any) -> Tensor:
-    """`found` [B, T] with `rows` replaced by `fresh` [len(rows), S], the shorter of the two filled up with padding."""
-    from torch.nn.functional import pad
-
-    width = max(found.shape[1], fresh.shape[1])
-    ends = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    fill = config.pad_token_id if config.pad_token_id is not None else ends or 0
-    found, fresh = (pad(one, (0, width - one.shape[1]), value=fill) for one in (found, fresh))
-    found[list(rows)] = fresh
-    return found
 
 
 def _refuse_batching(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:

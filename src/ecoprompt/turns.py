@@ -72,7 +72,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
 
     The turns cover the text without a gap. A text that is not such a conversation is one turn.
     """
-    whole = [Turn(0, len(text), _without_special_tokens(tokenizer, text))]
+    whole = [Turn(0, len(text), readable(tokenizer, text))]
     learnt = _chat_format(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
     if learnt is None or learnt.open not in text:
         return whole
@@ -82,8 +82,8 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
         return whole
     found: list[Turn] = []
     position = 0
-    system = _without_special_tokens(tokenizer, header)
-    if system and system != _without_special_tokens(tokenizer, learnt.head.removesuffix(learnt.open)):
+    system = readable(tokenizer, header)
+    if system and system != readable(tokenizer, learnt.head.removesuffix(learnt.open)):
         found.append(Turn(0, len(header), system))  # not the template's own system prompt, but somebody's
         position = len(header)
     cursor = len(header) + len(learnt.open)
@@ -92,17 +92,18 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
         last = number == len(rounds) - 1
         end = cursor + len(asked) + len(close)
         if last:  # text past the last question belongs to it: who wrote it cannot be told
-            content = _without_special_tokens(tokenizer, f"{asked} {answered}").strip()
+            content = readable(tokenizer, f"{asked} {answered}").strip()
             found.append(Turn(position, len(text), content))
             continue
-        found.append(Turn(position, end, _without_special_tokens(tokenizer, asked)))
+        found.append(Turn(position, end, readable(tokenizer, asked)))
         position = cursor + len(part) + len(learnt.between) - len(learnt.open)
-        found.append(Turn(end, position, _without_special_tokens(tokenizer, answered)))
+        found.append(Turn(end, position, readable(tokenizer, answered)))
         cursor += len(part) + len(learnt.between)
     return [turn for turn in found if turn.end > turn.start]
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`text` without the special tokens in it."""
     return _special_tokens(tokenizer).sub(" ", text).strip()
 
 
