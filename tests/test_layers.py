@@ -30,6 +30,7 @@ ORDER = (
         "models",
         "turns",
         "pressure",
+        "views",
         "sources",
     ]
     + [
@@ -37,7 +38,6 @@ ORDER = (
         "results",
         "tables",
         "tokens",
-        "views",
         "gate_training",
         "classifier",
         "gate",

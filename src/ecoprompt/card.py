@@ -116,7 +116,8 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
         _training(trained, gate),
         "## How often it errs",
         f"At the threshold {gate['threshold']:.6g}. The intervals are exact (Clopper and Pearson, 95 %). The gate was "
-        "trained on the first two sets; no prompt of the others is among its training prompts as it stands.",
+        "trained on the first two sets, and on copies of them that are edited like the last ones (without punctuation, "
+        "with other typing errors); no prompt of the other sets is among its training prompts.",
         markdown_table(gate_cells(pack["measured"])) if pack["measured"] else "Not measured.",
         *([f"![missed against falsely flagged]({PLOT})", POOLED] if plotted else []),
         "## What it does not protect against",
@@ -127,7 +128,9 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
 
 def _settings(pack: Mapping[str, Any]) -> list[list[str]]:
     """The forget spec in words: gate, tokens, corruption."""
-    rows = [["gate", f"{pack['gate']['kind']}, threshold {pack['gate']['threshold']:.6g}"]]
+    gate = pack["gate"]
+    read = [f"{key} = {json.dumps(gate[key])}" for key in ("context", "check") if key in gate]
+    rows = [["gate", ", ".join([gate["kind"], f"threshold {gate['threshold']:.6g}", *read])]]
     for part in ("tokens", "corruption"):
         table = pack.get(part, {})
         rows.append([part, ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) or "none yet"])

@@ -30,6 +30,8 @@ def check_runs(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"'run.{name}.prefix': {error}")
         if "corruption" in run and run.get("forget", False) is False:
             problems.append(f"'run.{name}.corruption': a run with its own corruption needs forget = true")
+    if gate_alone and isinstance(gate, dict) and gate.get("check") == "answer":
+        problems.append("'gate.check': no model is asked, so there is no answer to check")
     return problems
 
 
@@ -39,6 +41,20 @@ def _asks_model(raw: Mapping[str, Any]) -> bool:
     names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
     known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
     return any(benchmark.asks_model for benchmark in known) or not known
+
+
+def _check_subject(raw: Mapping[str, Any], number: int, name: str) -> list[str]:
+    """What is wrong with evaluating benchmark `name` where another's forget set is to be forgotten."""
+    data, benchmark = raw.get("data"), benchmarks[name]
+    forget = data.get("forget") if isinstance(data, dict) else None
+    subject = forget.partition("/")[0] if isinstance(forget, str) else name
+    forgets = any(subset.forget for subset in benchmark.subsets.values())
+    if not forgets or subject in (name, benchmark.of) or subject not in benchmarks:
+        return []
+    of = benchmark.of or name
+    return [
+        f"'evaluate.{number}.benchmark': '{name}' measures the forgetting of {of}, and '{forget}' is to be forgotten"
+    ]
 
 
 def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
@@ -52,6 +68,7 @@ def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
         if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
             continue
+        problems += _check_subject(raw, number, name)
         if not benchmarks[name].subsets:
             problems.append(f"'evaluate.{number}.benchmark': '{name}' has no rows to evaluate, only prompts for gates")
         for other in (entry.get("benchmark") for entry in entries[:number] if isinstance(entry, dict)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import math
 import os
 import signal
@@ -128,6 +129,20 @@ def _console(stderr: bool = False) -> Console:
     return OurConsole(stderr=stderr, highlight=False, force_terminal=stream.isatty())
 
 
+def _show(*tables: Any) -> None:
+    """Tables on standard output; off a terminal a row is a line, however long, and nothing fills it up."""
+    console = _console()
+    if console.is_terminal:
+        console.print(*tables, sep="\n")
+        return
+    from rich.console import Console
+
+    for one in tables:
+        wide = Console(file=io.StringIO(), width=1000, highlight=False, force_terminal=False)
+        wide.print(one)
+        print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
     """Progress with the time left on a terminal's stderr; nothing elsewhere."""
@@ -224,7 +239,7 @@ def train_classifier(
         measured = gate_report(trained.measured)
         _print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
         return
-    _console().print(gate_table(trained.measured, trained.threshold))
+    _show(gate_table(trained.measured, trained.threshold))
     print(folder)
 
 
@@ -258,11 +273,9 @@ def evaluate(
     from ecoprompt.tables import grid_tables, side_by_side, table
 
     prompts, targets, answers = found.samples()
-    _console().print(table(found.summary))
-    for grid in grid_tables(found.summary):
-        _console().print(grid)
+    _show(table(found.summary), *grid_tables(found.summary))
     if prompts:
-        _console().print(side_by_side(prompts, answers, targets))
+        _show(side_by_side(prompts, answers, targets))
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
 
 
@@ -371,4 +384,9 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    app()
+    try:
+        app()
+    except OSError as error:  # what --help prints may have nowhere to go, too
+        _drop_output()
+        print(f"ecoprompt: {_message(error)[0]}", file=sys.stderr)
+        sys.exit(1)

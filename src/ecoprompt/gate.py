@@ -35,11 +35,12 @@ CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
 """The pressures under which a threshold is calibrated, beside the plain prompts."""
 VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
-"""Of the linear gate's features; weights made for others say nothing about these."""
+"""Of what gates read of a text, practise on and are calibrated on; raised with any of these, as a gate made for others
+says nothing about them."""
 
 
 @dataclass(frozen=True)
-class GateTexts:
+class TrainingTexts:
     """Prompts to train a gate on: those to be flagged and those to be let through."""
 
     positive: list[str]
@@ -62,8 +63,8 @@ class LinearGate:
     Reads letters and digits alone: case, accents, look-alikes and white space change no score. Whether an n-gram
     occurs counts, not its share of the text, so that words around a question do not dilute it; and each sentence is
     judged on its own as well. Past VIEWS of them, the odds of the highest are divided by (views / VIEWS) ** DISCOUNT,
-    as in a long document one of many views looks like a question by chance; at most by MOST ** DISCOUNT, so that
-    padding hides nothing.
+    as in a long document one of many views looks like a question by chance; at most by MOST ** DISCOUNT, about
+    12, so that padding hides what is flagged clearly no better the longer it is.
     """
 
     weights: np.ndarray
@@ -92,8 +93,9 @@ class LinearGate:
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"weights": self.weights, "intercept": np.array([self.intercept])}, folder / WEIGHTS)
-        settings = {name: getattr(self, name) for name in ("kind", "word_ngrams", "char_ngrams", "window")}
-        settings |= {"format": FORMAT}
+        settings = {name: getattr(self, name) for name in ("kind", "word_ngrams", "char_ngrams", "window")} | {
+            "format": FORMAT
+        }
         (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     @classmethod
@@ -102,7 +104,7 @@ class LinearGate:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"), FORMAT)
+        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"))
         held = read_header(folder / WEIGHTS)
         if any(math.prod(shape) > MOST_FEATURES for _, shape in held.values()):
             raise InputError(f"{folder / WEIGHTS}: found more than {MOST_FEATURES} weights, expected fewer")
@@ -118,7 +120,7 @@ class LinearGate:
 
 @gates.register
 def linear(
-    data: GateTexts | None,
+    data: TrainingTexts | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -238,7 +240,7 @@ class TransformerGate:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        settings = {name: getattr(self, name) for name in ("kind", "max_length", "batch_size")}
+        settings = {name: getattr(self, name) for name in ("kind", "max_length", "batch_size")} | {"format": FORMAT}
         (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     @classmethod
@@ -249,7 +251,7 @@ class TransformerGate:
 
 @gates.register
 def transformer(
-    data: GateTexts | None,
+    data: TrainingTexts | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -309,7 +311,7 @@ def _positions(model: Any) -> int:
     return positions if padding is None else positions - padding - 1
 
 
-def _trainable(data: GateTexts | None) -> GateTexts:
+def _trainable(data: TrainingTexts | None) -> TrainingTexts:
     if data is None or not data.positive or not data.negative:
         raise InputError("training a gate needs prompts to be flagged and prompts to be let through")
     return data
@@ -331,8 +333,8 @@ def load_gate(folder: Path, kind: str) -> Gate:
     return LOADERS[kind](folder)
 
 
-def _settings(folder: Path, kind: str, names: Sequence[str], form: int = 1) -> dict[str, int]:
-    """The whole numbers `names` of a saved gate of that kind, if it is of the format `form`."""
+def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
+    """The whole numbers `names` of a saved gate of that kind, if it is of today's format."""
     path = folder / SETTINGS
     settings = read_toml(path, "not the settings of a gate: ")
     if settings.get("kind") != kind:
@@ -341,12 +343,12 @@ def _settings(folder: Path, kind: str, names: Sequence[str], form: int = 1) -> d
     if wrong:
         found = [(f"'{name}': found {settings.get(name)!r:.40}", LIMITS[name]) for name in wrong]
         raise InputError(*(f"{path}: {said}, expected a number from 1 to {most}" for said, most in found))
-    if settings.get("format", 1) != form:
+    if settings.get("format", 1) != FORMAT:
         raise InputError(f"{path}: made by another version of ecoprompt, which reads texts otherwise; train it again")
     return {name: settings[name] for name in names}
 
 
-def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, list[str]]:
+def hold_out(data: TrainingTexts, held_out: float, seed: int) -> tuple[TrainingTexts, list[str]]:
     """`data` without a random share `held_out` of its negative prompts, and these, to calibrate the threshold on.
 
     A prompt that occurs several times (up to case, punctuation and spaces) counts once, so none is on both sides.
@@ -359,7 +361,7 @@ def hold_out(data: GateTexts, held_out: float, seed: int) -> tuple[GateTexts, li
         )
     order = np.random.default_rng(seed).permutation(len(unique))
     rest, out = ([unique[i] for i in sorted(part)] for part in (order[held:], order[:held]))
-    return GateTexts(data.positive, rest), out
+    return TrainingTexts(data.positive, rest), out
 
 
 def calibration_scores(gate: Gate, prompts: Sequence[str], seed: int) -> np.ndarray:

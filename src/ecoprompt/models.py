@@ -126,6 +126,8 @@ def load_model(settings: ModelTable) -> Loaded:
         model = model.to("cuda")
     template = place.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
     tokenizer.chat_template = _template(settings.chat_template) or template
+    if settings.chat_template is not None:
+        _check_template(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Sampling settings that a model ships are not ours: what a command decodes with is what its options say.
@@ -219,6 +221,16 @@ def _file_digest(path: Path, block: int = 1 << 20, samples: int = 64) -> str:
             file.seek(start)
             digest.update(file.read(block))
     return digest.hexdigest()
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a chat template of the user's that cannot be filled."""
+    import jinja2
+
+    try:
+        render(tokenizer, [{"role": "user", "content": "a question"}])
+    except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise InputError(f"'model.chat_template': cannot be filled ({type(error).__name__}: {error})") from None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:

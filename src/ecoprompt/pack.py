@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import re
 import shutil
 import time
@@ -19,10 +19,11 @@ from ecoprompt.classifier import fetch
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml
 from ecoprompt.forget import Forget, is_probability
 from ecoprompt.gate import (
+    FORMAT,
     SETTINGS,
     WEIGHTS,
     Gate,
-    GateTexts,
+    TrainingTexts,
     calibration_scores,
     conformal_threshold,
     hold_out,
@@ -87,14 +88,22 @@ def obtain_gate(
                 trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"], about)
                 spec = {name: stored[name] for name in SPEC if name in stored}
                 if _spec(recipe) != spec or _reading(table).items() - stored["gate"].items():
-                    save_pack(folder, recipe, trained, seed, trained_on)
+                    _save_if_possible(folder, recipe, trained, seed, trained_on, table)
                 return trained
         except (InputError, KeyError, TypeError):  # damaged, so it is made again
             pass
     trained = _train(table, data, seed, progress)
-    with contextlib.suppress(PermissionError):  # a chat in a folder that cannot be written trains it each time
-        save_pack(folder, recipe, trained, seed, trained_on)
+    _save_if_possible(folder, recipe, trained, seed, trained_on, table)
     return trained
+
+
+def _save_if_possible(folder: Path, recipe: Recipe, *rest: Any) -> None:
+    """Keep a pack; a chat in a folder that cannot be written trains the gate each time."""
+    try:
+        save_pack(folder, recipe, *rest)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def _reading(table: GateTable) -> dict[str, Any]:
@@ -104,13 +113,18 @@ def _reading(table: GateTable) -> dict[str, Any]:
 
 def _trained_on(table: GateTable, seed: int, data: GateData) -> str:
     """A digest of all that determines a gate and its threshold."""
-    return digest(table.model_dump(mode="json", exclude={"context", "check"}), seed, vars(data))
+    return digest(FORMAT, _training(table), seed, vars(data))
+
+
+def _training(table: GateTable) -> dict[str, Any]:
+    """What a gate is trained by, however it is used."""
+    return table.model_dump(mode="json", exclude=set(_reading(table)))
 
 
 def pack_folder(recipe: Recipe, table: GateTable, seed: int, output: Path = OUTPUT) -> Path:
     """Where the pack of a recipe is written; a gate that a sweep changes has a folder of its own."""
-    own = (table, seed) == (recipe.gate, recipe.seed)
-    return output / recipe.name / ("pack" if own else f"pack-{digest(table, seed)}")
+    own = (_training(table), seed) == (_training(recipe.gate), recipe.seed)
+    return output / recipe.name / ("pack" if own else f"pack-{digest(_training(table), seed)}")
 
 
 def _gate_data(recipe: Recipe) -> GateData:
@@ -126,13 +140,13 @@ def _gate_data(recipe: Recipe) -> GateData:
     )
 
 
-def _make_gate(table: GateTable, texts: GateTexts | None, seed: int, progress: Progress) -> Gate:
+def _make_gate(table: GateTable, texts: TrainingTexts | None, seed: int, progress: Progress) -> Gate:
     gate: Gate = gates[table.kind](texts, seed, progress, **table.parameters)
     return gate
 
 
 def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> TrainedGate:
-    texts = GateTexts(data.positive, data.negative)
+    texts = TrainingTexts(data.positive, data.negative)
     held_out: list[str] = []
     about: dict[str, Any] = {"settings": {k: v for k, v in table.parameters.items() if v is not None}}
     if isinstance(table.threshold, Calibration):
@@ -152,7 +166,7 @@ def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> T
     return TrainedGate(gate, threshold, measured, {"trained": about, "tradeoff": tradeoff(scores, threshold)})
 
 
-def _sets(texts: GateTexts, held_out: list[str], data: GateData, seed: int) -> dict[str, tuple[list[str], int]]:
+def _sets(texts: TrainingTexts, held_out: list[str], data: GateData, seed: int) -> dict[str, tuple[list[str], int]]:
     """The sets of prompts that a gate is measured on, by name, each with its label."""
     sets: dict[str, tuple[list[str], int]] = {"forget set": (texts.positive, 1), RETAIN_SET: (texts.negative, 0)}
     if held_out:
@@ -180,17 +194,20 @@ def _measure(
     return measured, kept
 
 
-def save_pack(folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, trained_on: str) -> None:
+def save_pack(
+    folder: Path, recipe: Recipe, trained: TrainedGate, seed: int, trained_on: str, table: GateTable | None = None
+) -> None:
     """Write a forget pack: forget.toml and the gate's folder; whole or not at all, also when killed.
 
-    `trained_on` is the digest of the gate's data and settings, by which it is known again.
+    `trained_on` is the digest of the gate's data and settings, by which it is known again; `table` is the gate's where
+    a sweep changes it.
     """
     import tomli_w
 
     document = {
         "format": 1,
         "seed": seed,
-        "gate": {"kind": trained.gate.kind, "threshold": trained.threshold, **_reading(recipe.gate)},
+        "gate": {"kind": trained.gate.kind, "threshold": trained.threshold, **_reading(table or recipe.gate)},
         **_spec(recipe),
         "trained": {**trained.about.get("trained", {}), "digest": trained_on, **_subject(recipe)},
         "tradeoff": trained.about.get("tradeoff", {}),

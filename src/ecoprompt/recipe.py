@@ -202,7 +202,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `KEY=VALUE` overrides, and check all of it, every point of its sweep included."""
     path = find_recipe(reference)
     raw = read_toml(path)
-    raw.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
+    raw["name"] = raw.get("name") or re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".")
     for override in overrides:
         set_key(raw, *parse_override(override))
     return parse_recipe(raw, str(path))

@@ -199,14 +199,15 @@ def grids_of(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, list[list[s
         for run, entry in summary["runs"].items():
             if not entry.get("gate"):
                 continue
-            head = ["pressure", *(name.replace("_", " ") for name in sets)]
+            flagged = {name: columns["none"].endswith("_missed") for name, columns in sets.items()}
+            head = ["pressure", *(f"{name.replace('_', ' ')}{' missed' * flagged[name]}" for name in sets)]
             rows = [
                 [kind.replace("_", " "), *(_rate(entry["metrics"].get(sets[name].get(kind, ""))) for name in sets)]
                 for kind in kinds
             ]
             counts = summary.get("rows", {}).get(benchmark, {})
             prompts = ["prompts", *(str(counts.get(name, "–")) for name in sets)]
-            yield run, f"{benchmark}, missed (forget) or falsely flagged (others), %", [head, *rows, prompts]
+            yield run, f"{benchmark}: falsely flagged, or where it says so missed, %", [head, *rows, prompts]
 
 
 def _rate(share: float | None) -> str:

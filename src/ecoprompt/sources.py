@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from ecoprompt.data import Row, Rows, Source, check_columns, load_rows, local_file
 from ecoprompt.registry import InputError
 from ecoprompt.template import fill, template_names
+from ecoprompt.views import normalise
 
 _ORDER = 42
 """Seed of the order that `sample` cuts: whatever the recipe's seed, no row trains one gate and tests another."""
@@ -206,7 +207,8 @@ def prompts(rows: Rows, source: Source, texts: GateTexts, template: str) -> list
 def without_overlap(data: GateData) -> GateData:
     """`data` without the test prompts that are trained on, and without prompts to let through that are to be flagged.
 
-    Case and white space do not tell prompts apart. The published code tests its WMDP gate on prompts it has seen.
+    Case, punctuation and white space do not tell prompts apart. The published code tests its WMDP gate on prompts that
+    it has seen.
     """
     flagged = {_folded(text) for text in data.positive}
     negative = [text for text in data.negative if _folded(text) not in flagged]
@@ -219,4 +221,4 @@ def without_overlap(data: GateData) -> GateData:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return normalise(text) or text

@@ -6,13 +6,17 @@ import re
 import unicodedata
 
 LOOK_ALIKES = str.maketrans(
-    "аɑсԁеһіјӏкмоԛрѕтᴜԝхуѵвнгօսոհցαβεικνορτυχγωηϲյıАВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
-    "aacdehijlkmoqpstuwxyvbhrounhgabeiknoptuxywncjiABCEHIJKMOPSTXYABEZHIKMNOPTYX",
+    "аɑсԁеһіјӏкмоԛрѕтᴜԝхуѵвнгօսոհցαβεικνορτυχγωηϲյıАВСЕНІЈКМОРЅТХУΑΒΕΖΗΙΚΜΝΟΡΤΥΧ"
+    "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴠᴡʏᴢɡɩʋҽԍҏɓɖɗƒɠɦɨʝƙɭɱɳɵƥɽʂƭʈʉʌɯʐƶȥøłđħŧƀƈɛѡь",
+    "aacdehijlkmoqpstuwxyvbhrounhgabeiknoptuxywncjiABCEHIJKMOPSTXYABEZHIKMNOPTYX"
+    "abcdefghijklmnoprstvwyzgiuegpbddfghijklmnoprsttuvmzzzoldhtbcewb",
 )
-"""Letters of other scripts (Cyrillic, Armenian, Greek) that are drawn like Latin ones."""
+"""Letters of other scripts (Cyrillic, Armenian, Greek, phonetic) that are drawn like Latin ones."""
+UNSEEN = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and signs that show nothing."""
 APART = re.compile(r"(?<![^\W_])[^\W_](?:[ .\-_*·|/,]{1,4}[^\W_](?![^\W_])){5,}")
 """At least six letters that stand apart; between words there is more room than between letters."""
-SENTENCE = re.compile(r"(?<=[.?!…。？！])[\"'”’)\]]*\s+|(?<=[:;])\s+|\s*\n\s*")
+SENTENCE = re.compile(r"(?<=[.?!…。？！])[\"'”’)\]]*\s+|(?<=[:;])\s+")
 SHORTEST = 4
 """Words of a part that is judged on its own; a shorter one goes with the next."""
 
@@ -21,8 +25,8 @@ def visible(text: str) -> str:
     """`text` as a reader sees it: nothing without width, no accents, look-alikes folded, letters apart put together."""
     if not text.isascii():
         decomposed = unicodedata.normalize("NFKD", text)
-        text = "".join(x for x in decomposed if not unicodedata.combining(x) and unicodedata.category(x) != "Cf")
-        text = text.translate(LOOK_ALIKES)
+        kept = (x for x in decomposed if unicodedata.category(x) not in ("Mn", "Me", "Cf") and x not in UNSEEN)
+        text = "".join(kept).translate(LOOK_ALIKES)
     return APART.sub(_together, text)
 
 
@@ -39,7 +43,7 @@ def parts(text: str) -> list[str]:
     """`text` as it is seen, and where it has several of them its sentences, questions and lines, one by one."""
     whole = visible(text)
     found: list[str] = []
-    for part in SENTENCE.split(whole):
+    for part in (part for line in whole.split("\n") for part in SENTENCE.split(line)):
         if part.strip():
             if found and len(found[-1].split()) < SHORTEST:
                 found[-1] += f" {part}"

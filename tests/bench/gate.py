@@ -71,9 +71,9 @@ def tofu(data: Path, name: str, field: str = "question") -> list[str]:
 
 def train(data: Path, forget: str, options: argparse.Namespace) -> tuple[Gate, float]:
     """A gate for a forget set with the shipped settings (or the encoder's), and the seconds that training took."""
-    from ecoprompt.gate import GateTexts, linear, load_gate, transformer
+    from ecoprompt.gate import TrainingTexts, linear, load_gate, transformer
 
-    texts = GateTexts(tofu(data, forget), tofu(data, PAIRS[forget]))
+    texts = TrainingTexts(tofu(data, forget), tofu(data, PAIRS[forget]))
     started = time.perf_counter()
     if options.load:
         kind = "transformer" if (options.load / "config.json").exists() else "linear"
@@ -164,10 +164,10 @@ def under_pressure(data: Path, gate: Gate, options: argparse.Namespace) -> None:
 
 def conformal(data: Path) -> None:
     """The realised rate of false flags over random splits of held-out prompts into calibration and test."""
-    from ecoprompt.gate import GateTexts, calibration_scores, conformal_threshold, hold_out, linear
+    from ecoprompt.gate import TrainingTexts, calibration_scores, conformal_threshold, hold_out, linear
 
     heading(f"Conformal threshold, {SPLITS} splits", ["asked", "prompts", "mean realised", "standard error"])
-    texts, held_out = hold_out(GateTexts(tofu(data, "forget10"), tofu(data, "retain90")), 0.5, 0)
+    texts, held_out = hold_out(TrainingTexts(tofu(data, "forget10"), tofu(data, "retain90")), 0.5, 0)
     gate = linear(texts, 0)
     plain, highest = np.asarray(gate.score(held_out)), calibration_scores(gate, held_out, 0)
     generator = np.random.default_rng(0)
