@@ -205,7 +205,7 @@ def test_a_gate_is_evaluated_without_a_model(root, tmp_path, monkeypatch):
     assert set(found.summary["better"].values()) == {"lower"}
     assert found.summary["rows"]["pressed"]["kept_composite"] == 8
     table = (tmp_path / "alone" / "table.md").read_text()
-    assert "| pressure | asked | kept |" in table
+    assert "| pressure | asked missed | kept |" in table
     assert "| composite | 0.00 | 0.00 |" in table
     assert "| prompts | 4 | 8 |" in table
 

@@ -616,7 +616,7 @@ def test_a_toml_value_survives_set(key, value):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=4), st.lists(st.integers(1, 9), min_size=1, max_size=3))
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_a_sweep_has_a_run_for_each_different_combination(strengths, dims):
     raw = tables(sweep={"corruption.strength": strengths, "corruption.dims": dims})
     names = names_of(raw)
