@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -19,7 +20,16 @@ from ecoprompt import pack as pack_module
 from ecoprompt.card import CARD, PLOT, tradeoff
 from ecoprompt.cli import app
 from ecoprompt.gate import transformer
-from ecoprompt.pack import PACK, TrainedGate, load_forget, obtain_gate, save_pack, train_classifier
+from ecoprompt.pack import (
+    PACK,
+    TrainedGate,
+    load_forget,
+    load_pack,
+    obtain_gate,
+    pack_folder,
+    save_pack,
+    train_classifier,
+)
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import benchmarks
 from ecoprompt.results import error_rate, gate_cells, gate_report
@@ -223,3 +233,36 @@ def test_chat_with_a_published_classifier(hub, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["flagged"] is True
     assert load_forget("mine.toml").gate.kind == "transformer"
+
+
+def test_how_a_gate_is_used_does_not_train_it_again(tmp_path, monkeypatch):
+    """A swept context or check has the same gate, in the same pack; and what the pack says follows."""
+    recipe = load_recipe("quickstart", SMALL)
+    obtain_gate(recipe, recipe.gate, recipe.seed, tmp_path)
+    monkeypatch.setattr(pack_module, "_train", lambda *args: pytest.fail("it is trained again"))
+    for context in (2, 0):
+        table = recipe.gate.model_copy(update={"context": context})
+        assert pack_folder(recipe, table, recipe.seed, tmp_path) == tmp_path / "quickstart" / "pack"
+        obtain_gate(recipe, table, recipe.seed, tmp_path)
+        assert load_pack(tmp_path / "quickstart" / "pack").context == context
+
+
+def test_a_gate_of_another_format_is_trained_again(tmp_path, monkeypatch):
+    recipe = load_recipe("quickstart", SMALL)
+    obtain_gate(recipe, recipe.gate, recipe.seed, tmp_path)
+    trained = []
+    real = pack_module._train
+    monkeypatch.setattr(pack_module, "_train", lambda *args: trained.append(1) or real(*args))
+    monkeypatch.setattr(pack_module, "FORMAT", pack_module.FORMAT + 1)
+    obtain_gate(recipe, recipe.gate, recipe.seed, tmp_path)
+    assert trained == [1]
+
+
+def test_a_pack_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    recipe = load_recipe("quickstart", SMALL)
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(pack_module, "save_pack", refuse)
+    assert obtain_gate(recipe, recipe.gate, recipe.seed, tmp_path).gate.kind == "linear"

@@ -128,6 +128,8 @@ class Benchmark(Named):
             if "pressures" not in subset.model_fields_set:
                 self.subsets[name] = subset = subset.model_copy(update={"pressures": self.pressures})
             for kind in subset.pressures:
+                if f"{name}_{kind}" in self.subsets:
+                    raise ValueError(f"found a subset '{name}_{kind}', which is what '{name}' is under '{kind}'")
                 self.subsets[f"{name}_{kind}"] = subset.model_copy(update={"pressure": kind, "pressures": ()})
         named: list[tuple[str, Named]] = [*self.forget_sets.items(), *self.subsets.items()]
         for name, table in named:
