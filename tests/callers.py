@@ -374,7 +374,7 @@ def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     torch.jit.trace(model, padded(tokenizer, texts)["input_ids"], strict=False)
 
 
-@caller("torch.compile of a guarded model", "forward", slow=True)
+@caller("torch.compile of a guarded model", "forward", refused=True, slow=True)
 def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     import torch
 
@@ -393,7 +393,7 @@ def _compiled_behind(model: Any) -> Any:
     return model
 
 
-@caller("code compiled of the model before it was guarded", "forward", attach=_compiled_behind, slow=True)
+@caller("code compiled of it before it was guarded", "forward", refused=True, attach=_compiled_behind, slow=True)
 def _(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     model.compiled_before(**padded(tokenizer, texts))
 

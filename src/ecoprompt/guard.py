@@ -281,7 +281,7 @@ class Guard:
 
     def _refuse_alone(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._state.call is None:
-            raise UnguardedError("a part of a guarded model was called by itself; call the model")
+            raise UnguardedError("a part of a guarded model was called by itself, or compiled; call the model as it is")
 
     def _refuse_second_path(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._state.call
