@@ -427,12 +427,20 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.side, text.encode())
 
-    def until(self, wanted: str, seconds: float = 60) -> str:
-        """What is shown until `wanted` is, without the codes for colours and the like."""
+    def until(self, wanted: str, seconds: float = 60, nudge: str = "") -> str:
+        """What is shown until `wanted` is, without the codes for colours and the like.
+
+        `nudge` is typed again each 5 seconds in which nothing came: a Ctrl-C that arrives just before Python's readline
+        begins to wait for a key is seen at the next key only.
+        """
         shown, deadline = b"", time.monotonic() + seconds
+        quiet = time.monotonic() + 5
         while wanted not in plain(shown):
             if time.monotonic() > deadline:
                 raise AssertionError(f"{wanted!r} is not in {plain(shown)!r}")
+            if nudge and not shown and time.monotonic() > quiet:
+                self.type(nudge)
+                quiet = time.monotonic() + 5
             if select.select([self.side], [], [], 0.2)[0]:
                 try:
                     shown += os.read(self.side, 4096)
@@ -476,7 +484,7 @@ def test_a_conversation_on_a_terminal(folder: Path) -> None:
         terminal.type("/rest\n")
         assert "there is no command /rest; did you mean '/reset'?" in terminal.until("\n> ")
         terminal.type("half a thought\x03")
-        assert "/quit or Ctrl-D leaves" in terminal.until("\n> ")
+        assert "/quit or Ctrl-D leaves" in terminal.until("\n> ", nudge="\x03")
         terminal.type("so " * 600 + "\n")
         assert "the conversation is too long" in terminal.until("\n> ")
         terminal.type("/reset\n")
