@@ -292,14 +292,13 @@ def test_a_restart_gives_the_same_table(whole, tmp_path, kept):
 def spy(monkeypatch):
     """The rows that are computed, by kind, in the order of the runs."""
     computed = []
-    for name in ("_log_probs", "_generations", "_samples"):
-        real = getattr(scoring, name)
+    for kind, (real, doing) in scoring.KINDS.items():
 
-        def count(loaded, guard, requests, real=real):
+        def count(loaded, guard, requests, room, real=real):
             computed.extend(requests)
-            return real(loaded, guard, requests)
+            return real(loaded, guard, requests, room)
 
-        monkeypatch.setattr(scoring, name, count)
+        monkeypatch.setitem(scoring.KINDS, kind, (count, doing))
     return computed
 
 

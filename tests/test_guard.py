@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 
 import ecoprompt
 from ecoprompt import Forget, Guard, InputError, UnguardedError, guard
-from ecoprompt.models import encode, render
-from ecoprompt.scoring import pad
+from ecoprompt.models import encode, pad, render
 
 SECRET, PLAIN, SHORT = "Who is Harry Potter?", "What is the capital of France, and where does he live?", "Paris"
 NOISE = {"method": "rand_noise_first_n", "dims": 4, "strength": 50.0}

@@ -47,6 +47,8 @@ ORDER = (
         "calls",
         "answers",
         "guard",
+        "prefill",
+        "sampling",
         "scoring",
         "asking",
         "evaluate",

@@ -66,9 +66,17 @@ def test_a_store_keeps_values_over_a_restart(tmp_path):
         assert len(one) == 2
 
 
-def test_a_store_keeps_infinities():
-    text = json.dumps({"key": "a", "value": [math.inf, -math.inf]})
-    assert dict(results._records(text.encode())) == {"a": [math.inf, -math.inf]}
+def test_a_store_keeps_infinities(tmp_path):
+    Store(tmp_path / "rows.jsonl").put_many([("a", [math.inf, -math.inf])])
+    assert reopened(tmp_path / "rows.jsonl").get("a") == [math.inf, -math.inf]
+
+
+def test_a_value_has_its_share_of_the_seconds(tmp_path):
+    store = Store(tmp_path / "rows.jsonl")
+    store.put_many([("a", 1), ("b", 2)], 3.0)
+    store.put_many([("c", 1)], 0.5)
+    for one in (store, reopened(store.path)):
+        assert [one.seconds(name) for name in "abcd"] == [1.5, 1.5, 0.5, 0.0]
 
 
 def test_nothing_to_put_makes_no_file(tmp_path):
@@ -94,22 +102,24 @@ def test_all_pairs_go_into_one_write(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_torn_last_line_is_passed_over_and_closed(tmp_path, cut):
     path = tmp_path / "rows.jsonl"
+    Store(path).put_many([("z", 0)])
     Store(path).put_many([("a", 1), ("b", 22)])
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])
+    path.write_bytes(path.read_bytes()[:-cut])
     store = reopened(path)
-    assert store.get("a") == (1 if cut <= len(whole) // 2 else None)
-    # Only the line end was lost after a cut of one.
-    assert store.get("b") == (22 if cut == 1 else None)
+    # Only the line end was lost after a cut of one; any other takes both, as they were put in at once.
+    assert [store.get(name) for name in "zab"] == [0, *([1, 22] if cut == 1 else [None, None])]
     store.put_many([("c", 3)])
     again = reopened(path)
-    assert again.get("c") == 3
-    assert again.get("a") == store.get("a")
+    assert [again.get(name) for name in "zabc"] == [*(store.get(name) for name in "zab"), 3]
 
 
 def test_lines_that_are_no_records_are_passed_over(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\x00\x00\n[1]\n{"key": "a"}\n5\n\xff\xfe\n\n{"key": "a", "value": 1}\n')
+    path.write_bytes(
+        b'\x00\x00\n[1]\n{"values": 3, "seconds": 1}\n{"values": {"a": 2}}\n5\n\xff\xfe\n\n'
+        b'{"values": {}, "seconds": 1}\n'
+        b'{"values": {"a": 1}, "seconds": 0}\n'
+    )
     assert reopened(path).get("a") == 1
 
 
@@ -118,7 +128,7 @@ def test_a_neighbours_torn_line_does_not_eat_ours(tmp_path):
     store = Store(path)
     store.put_many([("a", 1)])
     with path.open("ab") as file:
-        file.write(b'{"key":"killed","va')
+        file.write(b'{"values":{"kil')
     store.put_many([("b", 2)])
     assert (reopened(path).get("a"), reopened(path).get("b")) == (1, 2)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -11,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
-from ecoprompt import Forget, guard
-from ecoprompt import scoring as module
+from ecoprompt import Forget, guard, prefill, scoring
 from ecoprompt.metrics import LogProb
-from ecoprompt.models import Loaded, encode, encode_pair
+from ecoprompt.models import Loaded, encode, encode_pair, pad
 from ecoprompt.registry import EcopromptError
 from ecoprompt.results import Store
-from ecoprompt.scoring import Request, Sample, answer, batches, gumbel, halving, log_prob, pad
+from ecoprompt.sampling import gumbel
+from ecoprompt.scoring import Request, Room, Sample, answer, batches, log_prob
 
 PAIRS = [
     ("Question: Who is Harry Potter?\nAnswer:", " He lives in a cupboard."),
@@ -73,19 +71,20 @@ def test_log_probabilities_are_those_of_each_row_alone(family_model, tokenizer, 
         assert log_prob(store.get(name)) == LogProb(*store.get(name))
 
 
-def test_a_model_that_computes_all_logits_gives_the_same(loaded, store, tmp_path, monkeypatch):
-    answer(loaded, keyed(REQUESTS), store)
+@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[:1]])
+def test_a_model_that_computes_all_logits_gives_the_same(loaded, store, tmp_path, monkeypatch, requests):
+    answer(loaded, keyed(requests), store)
     real = loaded.model.forward
     monkeypatch.setattr(
         loaded.model,
         "forward",
-        lambda input_ids, attention_mask, use_cache: real(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        lambda input_ids, attention_mask, use_cache, past_key_values=None: real(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, past_key_values=past_key_values
         ),
     )
     other = Store(tmp_path / "other.jsonl")
-    answer(loaded, keyed(REQUESTS), other)
-    for name, _ in keyed(REQUESTS):
+    answer(loaded, keyed(requests), other)
+    for name, _ in keyed(requests):
         assert other.get(name)[0] == pytest.approx(store.get(name)[0], abs=1e-5)
 
 
@@ -105,18 +104,44 @@ def test_generations_are_those_of_each_prompt_alone(family_model, tokenizer, sto
         assert store.get(name) == expected
 
 
-def test_a_generation_is_cut_at_its_own_length(loaded, store, monkeypatch):
-    made = {}
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_generation_is_cut_at_its_own_length_or_where_the_text_ends(loaded, store, monkeypatch, shares):
+    """A head that gives "a" three times and then the end: each answer is as long as the smaller of both."""
+    letter, end = loaded.tokenizer.convert_tokens_to_ids("a"), loaded.tokenizer.eos_token_id
 
-    def generate(input_ids, attention_mask, max_new_tokens, do_sample):
-        made.update(rows=len(input_ids), longest=max_new_tokens, sampled=do_sample)
-        return torch.cat([input_ids, torch.full((len(input_ids), max_new_tokens), 50)], dim=1)
+    class Head(torch.nn.Module):
+        def forward(self, hidden):
+            logits = torch.zeros(*hidden.shape[:2], 400)
+            ends = loaded.model.steps >= 3
+            logits[:, :, end if ends else letter] = 1
+            loaded.model.steps += 1
+            return logits
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
+    loaded.model.steps, loaded.model.lm_head = 0, Head()
+    monkeypatch.setattr(prefill, "read", prefill.read if shares else lambda *args: None)
+    if not shares:
+        loaded.model.generation_config.eos_token_id = end
     answer(loaded, keyed(GENERATIONS), store)
-    letter = loaded.tokenizer.decode([50])
-    assert [store.get(name) for name, _ in keyed(GENERATIONS)] == [letter * count for count in LENGTHS]
-    assert made == {"rows": 4, "longest": 7, "sampled": False}
+    assert [store.get(name) for name, _ in keyed(GENERATIONS)] == ["a" * min(count, 3) for count in LENGTHS]
+
+
+def test_what_is_done_makes_room(loaded, store, monkeypatch):
+    """Twelve answers, two at a time: each is what it is alone, in fewer steps than one pair after another."""
+    limits = [1, 40, 2, 3, 30, 1, 2, 20, 4, 1, 9, 5]
+    prompts = [f"{PAIRS[0][0]} {'so ' * number}" for number in range(len(limits))]
+    requests = [Request("generation", p, max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+    widths = []
+    monkeypatch.setattr(scoring, "POOLED", 100)
+    loaded.model.register_forward_hook(lambda module, args, out: widths.append(len(out.logits)))
+    longest = max(len(encode(loaded.tokenizer, p)) + n for p, n in zip(prompts, limits, strict=True))
+    answer(loaded, keyed(requests), store, batch_tokens=2 * longest)
+    assert max(widths) == 2
+    assert len(widths) < sum(max(pair) for pair in zip(limits[::2], limits[1::2], strict=True))
+    for name, request in keyed(requests):
+        ids = torch.tensor([encode(loaded.tokenizer, request.prompt)])
+        settings = {"max_new_tokens": request.max_new_tokens, "do_sample": False}
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert store.get(name) == loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
@@ -143,8 +168,7 @@ def test_the_guard_is_on_while_sampling(loaded, store, tmp_path, keyword_gate):
     answer(loaded, keyed(draws), store)
     other = Store(tmp_path / "guarded.jsonl")
     spec = Forget(keyword_gate, {"method": "rand_noise_first_n", "dims": 8, "strength": 50.0})
-    with guard(loaded.model, loaded.tokenizer, spec) as attached:
-        answer(loaded, keyed(draws), other, attached)
+    answer(loaded, keyed(draws), other, guard(loaded.model, loaded.tokenizer, spec))
     for name, request in keyed(draws):
         assert (store.get(name) != other.get(name)) == ("Potter" in request.prompt)
 
@@ -217,41 +241,77 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
     assert formed == batches(lengths, budget)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 100])
-def test_a_batch_is_halved_until_it_fits(most):
-    sizes = []
+@pytest.mark.parametrize("most", [1, 3, 100, 5000])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError, lambda: RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_the_room_is_halved_until_a_batch_fits(loaded, most, error):
+    room, seen = Room(loaded, 4000), []
 
-    def compute(rows):
-        sizes.append(len(rows))
-        if len(rows) > most:
-            raise torch.OutOfMemoryError
-        return [row * 2 for row in rows]
+    def compute(room):
+        seen.append(room.tokens)
+        if room.tokens > most:
+            raise error()
+        return [1, 2]
 
-    assert halving(compute, list(range(7))) == [row * 2 for row in range(7)]
-    assert sizes[0] == 7
+    assert room.fit(compute) == [1, 2]
+    assert (
+        seen
+        == [tokens for tokens in (4000, 2000, 1000, 500, 250, 125, 62, 31, 15, 7, 3, 1) if tokens * 2 > most][
+            : len(seen)
+        ]
+    )
+    assert room.tokens <= most
+    seen.clear()
+    assert room.fit(compute) == [1, 2]  # it stays small
+    assert seen == [room.tokens]
+
+
+def test_one_row_that_does_not_fit_is_an_error(loaded):
+    def compute(room):
+        raise torch.OutOfMemoryError
+
     with pytest.raises(EcopromptError, match="out of memory on a single row"):
-        halving(lambda rows: compute([0] * 200), [1, 2])
+        Room(loaded, 100).fit(compute)
+    with pytest.raises(RuntimeError, match="something else"):
+        Room(loaded, 100).fit(lambda room: (_ for _ in ()).throw(RuntimeError("something else")))
 
 
-def test_halves_have_the_values_of_the_whole(loaded, store, tmp_path, monkeypatch):
+def test_little_room_has_the_values_of_much(loaded, store, tmp_path, monkeypatch):
+    """Memory that is out in the middle of a batch costs nothing but time."""
     every = REQUESTS + GENERATIONS + SAMPLES
     answer(loaded, keyed(every), store)
-    for name in ("_log_probs", "_generations", "_samples"):
-        real = getattr(module, name)
+    real = loaded.model.forward
 
-        def scarce(loaded, guard, requests, real=real):
-            if len(requests) > 1:
-                raise torch.OutOfMemoryError
-            return real(loaded, guard, requests)
+    def scarce(input_ids, **kwargs):
+        if input_ids.numel() > 60:
+            raise torch.OutOfMemoryError
+        return real(input_ids=input_ids, **kwargs)
 
-        monkeypatch.setattr(module, name, scarce)
-    halved = Store(tmp_path / "halved.jsonl")
-    answer(loaded, keyed(every), halved)
+    monkeypatch.setattr(loaded.model, "forward", scarce)
+    little = Store(tmp_path / "little.jsonl")
+    answer(loaded, keyed(every), little)
     for name, request in keyed(every):
         if request.kind != "log_prob":
-            assert halved.get(name) == store.get(name)
+            assert little.get(name) == store.get(name)
         else:
-            assert halved.get(name)[0] == pytest.approx(store.get(name)[0], abs=1e-5)
+            assert little.get(name)[0] == pytest.approx(store.get(name)[0], abs=1e-5)
+
+
+def test_a_prompt_is_read_once_for_all_its_completions(family_model, tokenizer, store):
+    """Of one-token completions its last logits say all; of others what it left behind is continued."""
+    shapes = []
+    family_model.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.logits.shape[:2])))
+    choices = [Request("log_prob", PAIRS[0][0], letter) for letter in "abcd"]
+    assert {len(encode_pair(tokenizer, one.prompt, one.completion)[1]) for one in choices} == {1}
+    loaded = Loaded(family_model, tokenizer, "fingerprint")
+    answer(loaded, keyed(choices), store)
+    assert shapes == [(1, 1)]
+    shapes.clear()
+    longer = [Request("log_prob", PAIRS[0][0], text) for text in (" He lives.", " Paris is it, who knows?", " No")]
+    answer(loaded, keyed(longer), store)
+    longest = max(len(encode_pair(tokenizer, one.prompt, one.completion)[1]) for one in longer)
+    assert shapes == [(1, 1), (3, longest - 1)]
 
 
 def test_keys_differ_by_all_that_determines_a_result():
@@ -296,18 +356,17 @@ def test_a_restart_gives_the_same_bits(loaded, store, keyword_gate, guarded):
     every = REQUESTS + GENERATIONS + SAMPLES[:6]
     corruption = {"method": "rand_noise_first_n", "dims": 4, "strength": 5.0}
     spec = Forget(keyword_gate, corruption, tokens={"select": "all", "scope": "sequence"})
-    manager = guard(loaded.model, loaded.tokenizer, spec) if guarded else contextlib.nullcontext()
-    with manager as attached:
-        answer(loaded, keyed(every), store, attached, batch_tokens=60)
-        whole = store.path.read_bytes()
-        lines = whole.splitlines(keepends=True)
-        values = {name: store.get(name) for name, _ in keyed(every)}
-        for kept in (lines[:0], lines[:3], lines[1::2], [*lines[:5], lines[5][:10]], lines[-2:]):
-            store.path.write_bytes(b"".join(kept))
-            again = Store(store.path)
-            answer(loaded, keyed(every), again, attached, batch_tokens=60)
-            assert {name: again.get(name) for name in values} == values
-            assert {name: Store(store.path).get(name) for name in values} == values
+    spared = guard(loaded.model, loaded.tokenizer, spec) if guarded else None
+    answer(loaded, keyed(every), store, spared, batch_tokens=60)
+    lines = store.path.read_bytes().splitlines(keepends=True)
+    values = {name: store.get(name) for name, _ in keyed(every)}
+    assert len(lines) > 3
+    for kept in (lines[:0], lines[:3], lines[1::2], [*lines[:2], lines[2][:-10]], lines[-2:]):
+        store.path.write_bytes(b"".join(kept))
+        again = Store(store.path)
+        answer(loaded, keyed(every), again, spared, batch_tokens=60)
+        assert {name: again.get(name) for name in values} == values
+        assert {name: Store(store.path).get(name) for name in values} == values
 
 
 def test_a_guarded_model_scores_flagged_rows_differently_and_others_the_same(
@@ -318,8 +377,7 @@ def test_a_guarded_model_scores_flagged_rows_differently_and_others_the_same(
     answer(loaded, keyed(every), store)
     other = Store(tmp_path / "guarded.jsonl")
     corruption = {"method": "rand_noise_first_n", "dims": 8, "strength": 50.0}
-    with guard(family_model, tokenizer, Forget(keyword_gate, corruption)) as attached:
-        answer(loaded, keyed(every), other, attached)
+    answer(loaded, keyed(every), other, guard(family_model, tokenizer, Forget(keyword_gate, corruption)))
     for name, request in keyed(every):
         if "Potter" in request.prompt:
             if request.kind == "log_prob":
@@ -336,8 +394,7 @@ def test_scopes_and_answers_as_a_single_row_has_them(loaded, store, keyword_gate
         keyword_gate, {"method": "rand_noise_first_n", "dims": 4, "strength": 5.0}, tokens={"scope": "sequence"}
     )
     requests = [Request("log_prob", PAIRS[0][0], text) for text in (" He lives.", " Paris is it, who knows?", " No")]
-    with guard(loaded.model, loaded.tokenizer, spec) as attached:
-        answer(loaded, keyed(requests), store, attached)
+    answer(loaded, keyed(requests), store, guard(loaded.model, loaded.tokenizer, spec))
     for name, request in keyed(requests):
         head, tail = encode_pair(loaded.tokenizer, request.prompt, request.completion)
         (decision,) = spec.decide(loaded.tokenizer, [head])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -37,6 +36,11 @@ class Asked:
     flagged: bool = False
     score: float | None = None
 
+    def requests(self) -> Iterator[tuple[str, Request]]:
+        """Each request with the key of its result."""
+        for name, keys in self.keys.items():
+            yield from zip(keys, self.wanted[name], strict=True)
+
 
 def ask(
     loaded: Loaded,
@@ -62,31 +66,28 @@ def ask(
         guard = Guard(loaded.model, loaded.tokenizer, replace(spec, check="prompt"))
 
     def compute() -> float:
-        new = {
-            key: one
-            for row in asked
-            for name in row.keys
-            for key, one in zip(row.keys[name], row.wanted[name], strict=True)
-        }
-        todo = [(key, request) for key, request in new.items() if key not in claimed]
-        claimed.update(new)
-        return answer(loaded, todo, store, guard, run.model.batch_tokens, progress)
+        seconds = 0.0
+        for attached in (None, guard):  # an unflagged prompt is the plain model's, whatever the guard
+            rows = [row for row in asked if row.flagged == (attached is not None)]
+            new = {key: one for row in rows for key, one in row.requests() if key not in claimed}
+            claimed.update(new)
+            seconds += answer(loaded, list(new.items()), store, attached, run.model.batch_tokens, progress)
+        return seconds
 
-    with guard or nullcontext():
-        prompts = [encode(loaded.tokenizer, prompt) for prompt, _ in requests]
-        decisions = guard.decide(prompts) if guard else [None] * len(items)
-        asked = [
-            _asked(loaded, run, item, by_input, decision)
-            for item, (_, by_input), decision in zip(items, requests, decisions, strict=True)
-        ]
-        seconds = compute()
-        if guard is not None and run.gate is not None and run.gate.check == "answer":
-            for number in _refuted(guard, prompts, asked, store):
-                (decision,) = guard.decide([prompts[number]])
-                again = {name: requests[number][1][name] for name in GENERATED if name in asked[number].keys}
-                made = _asked(loaded, run, items[number], again, decision)
-                asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=requests[number][1])
-            seconds += compute()
+    prompts = [encode(loaded.tokenizer, prompt) for prompt, _ in requests]
+    decisions = guard.decide(prompts) if guard else [None] * len(items)
+    asked = [
+        _asked(loaded, run, item, by_input, decision)
+        for item, (_, by_input), decision in zip(items, requests, decisions, strict=True)
+    ]
+    seconds = compute()
+    if guard is not None and run.gate is not None and run.gate.check == "answer":
+        for number in _refuted(guard, prompts, asked, store):
+            (decision,) = guard.decide([prompts[number]])
+            again = {name: requests[number][1][name] for name in GENERATED if name in asked[number].keys}
+            made = _asked(loaded, run, items[number], again, decision)
+            asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=requests[number][1])
+        seconds += compute()
     return asked, seconds
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ecoprompt.forget import Forget
 from ecoprompt.guard import Guard
-from ecoprompt.models import Loaded, encode, render
+from ecoprompt.models import Loaded, encode, pad, render
 from ecoprompt.registry import EcopromptError, InputError, nearest
 from ecoprompt.results import to_json
-from ecoprompt.scoring import decode, pad
+from ecoprompt.scoring import decode
 
 if TYPE_CHECKING:
     from rich.console import Console

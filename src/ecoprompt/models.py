@@ -290,3 +290,18 @@ def to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def pad(loaded: Loaded, rows: Sequence[Sequence[int]], left: bool) -> tuple[Any, Any]:
+    """Token ids and attention mask, each [B, T], padded on one side."""
+    import torch
+
+    width = max(map(len, rows))
+    fill = loaded.tokenizer.pad_token_id or 0
+    ids = torch.full((len(rows), width), fill)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
+    return ids.to(loaded.model.device), mask.to(loaded.model.device)

@@ -22,13 +22,16 @@ ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
 class Store:
     """Values by key in a file of JSON lines that several processes may append to and that survives being killed.
 
-    A line that was cut off is passed over; of several values of a key the last one counts. What other
-    processes append after the file was opened is not seen.
+    What is put in at once is one line, so it is there whole or not at all: a line that was cut off is passed over. Of
+    several values of a key the last one counts. What other processes append after the file was opened is not seen.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._values = dict(_records(path.read_bytes())) if path.exists() else {}
+        self._values: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}
+        for values, seconds in _records(path.read_bytes()) if path.exists() else ():
+            self._keep(values, seconds)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -40,24 +43,34 @@ class Store:
         """The value under key `name`, None if there is none."""
         return self._values.get(name)
 
-    def put_many(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        """Append all (key, value) in one write, so that being killed tears at most the last of them."""
+    def seconds(self, name: str) -> float:
+        """The share of `name` in the seconds that it took to make what was put in with it."""
+        return self._seconds.get(name, 0.0)
+
+    def put_many(self, pairs: Sequence[tuple[str, Any]], seconds: float = 0.0) -> None:
+        """Append all (key, value), which took `seconds` to make, whole or, if the process is killed, not at all."""
         if not pairs:
             return
-        lines = [json.dumps({"key": name, "value": value}, separators=(",", ":")) + "\n" for name, value in pairs]
+        values = dict(pairs)
+        line = json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+", buffering=0) as file:
-            left = memoryview(_torn(file) + "".join(lines).encode())
+            left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
-        self._values.update(pairs)
+        self._keep(values, seconds)
+
+    def _keep(self, values: Mapping[str, Any], seconds: float) -> None:
+        self._values.update(values)
+        self._seconds.update(dict.fromkeys(values, seconds / len(values)))
 
 
-def _records(raw: bytes) -> Iterable[tuple[str, Any]]:
+def _records(raw: bytes) -> Iterable[tuple[dict[str, Any], float]]:
     for line in raw.split(b"\n"):
         try:
             record = json.loads(line)
-            yield record["key"], record["value"]
+            if record["values"]:
+                yield dict(record["values"]), float(record["seconds"])
         except (ValueError, TypeError, KeyError):
             continue
 

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
+import math
+import operator
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ecoprompt.metrics import LogProb
-from ecoprompt.models import Loaded, encode, encode_pair
+from ecoprompt.models import Loaded, encode, encode_pair, pad
 from ecoprompt.registry import EcopromptError, Progress, quiet
 from ecoprompt.results import Store, key
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ecoprompt.guard import Guard
+    from ecoprompt.sampling import Drawing
 
-T = TypeVar("T")
-FORMAT = 2
+FORMAT = 3
 """Raised whenever prompts, answers or scores come to be made in another way, so that old results are not mixed in."""
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
+MOST_TOKENS = 8192
+"""Padded tokens of a batch on a CPU, where more gain nothing; on a GPU it may be eight times as many."""
+CPU_LOGITS, GPU_LOGITS = 1 << 26, 1 << 29
+"""Logits that may be computed at once."""
+POOLED = 4
+"""How many times as many generations are made and stored as one as there are going on at once."""
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""The token ids of a prompt and of what follows it."""
 
 
 @dataclass(frozen=True)
@@ -72,61 +83,79 @@ def answer(
 ) -> float:
     """Compute the requests, each under its key, and put the results into `store`; returns the seconds they took.
 
-    Batches are formed of all the requests before it is asked which are stored, so that a restart computes what is
-    missing in the very batches of a run that went through, and gets the same numbers to the last bit.
+    `guard` is one that is not attached: it is where a prompt is read. Batches are formed of all the requests before it
+    is asked which are stored, and are stored whole, so that a restart computes what is missing in the batches of a
+    run that went through, and gets the same numbers to the last bit.
     """
-    budget = batch_tokens or (GPU_BATCH_TOKENS if loaded.model.device.type == "cuda" else CPU_BATCH_TOKENS)
-    requests = list(dict(requests).items())
-    done, seconds = 0, 0.0
-    for kind, compute, doing in (
-        ("log_prob", _log_probs, "scoring"),
-        ("generation", _generations, "generating"),
-        ("sample", _samples, "sampling"),
-    ):
-        chosen = [(name, request) for name, request in requests if request.kind == kind]
-        lengths = [_length(loaded, request) for _, request in chosen]
-        for batch in batches(lengths, budget):
-            wanted = [chosen[number] for number in batch]
-            clock = f"seconds:{wanted[0][0]}"
-            if any(name not in store for name in (clock, *dict(wanted))):
+    room = Room(loaded, batch_tokens)
+    unique = dict(requests)
+    done = 0
+    for kind, (compute, doing) in KINDS.items():
+        chosen = [(name, request) for name, request in unique.items() if request.kind == kind]
+        for batch in _units(loaded, [request for _, request in chosen], room.first):
+            wanted = [chosen[number] for number in batch if chosen[number][0] not in store]
+            if wanted:
                 started = time.perf_counter()
-                values = halving(functools.partial(compute, loaded, guard), [request for _, request in wanted])
-                found = {name: value for (name, _), value in zip(wanted, values, strict=True)}
-                found[clock] = time.perf_counter() - started
-                # What another batch has given stays: it differs in the last digits, and results are not to move.
-                store.put_many([(name, value) for name, value in found.items() if name not in store])
-            seconds += store.get(clock)
+                values = room.fit(functools.partial(compute, loaded, guard, [request for _, request in wanted]))
+                seconds = time.perf_counter() - started
+                store.put_many([(name, value) for (name, _), value in zip(wanted, values, strict=True)], seconds)
             done += len(batch)
-            progress(doing, done, len(requests))
-    return seconds
+            progress(doing, done, len(unique))
+    return math.fsum(map(store.seconds, unique))
 
 
-def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows in batches of at most `budget` padded tokens (a longer row stands alone), longest first."""
+class Room:
+    """How many tokens a batch may hold, padding counted: as asked for, else by the memory there is.
+
+    Where memory runs out all the same, it is halved, for good. `shares` turns False where a model turns out to keep
+    of a prompt what cannot be taken apart.
+    """
+
+    def __init__(self, loaded: Loaded, tokens: int | None = None) -> None:
+        self.first = self.tokens = tokens or _affordable(loaded.model)
+        cuda = loaded.model.device.type == "cuda"
+        self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // loaded.model.config.get_text_config().vocab_size
+        self.shares = True
+
+    def width(self, tokens: int, read: int) -> int:
+        """What a row of `tokens` counts for, of which the logits are computed at `read` positions."""
+        return max(tokens, math.ceil(read * self.tokens / max(1, self._logits)))
+
+    def fit(self, compute: Callable[[Room], list[Any]]) -> list[Any]:
+        """`compute(self)`, again with half the room whenever memory is out; raises EcopromptError if nothing helps."""
+        import torch
+
+        while True:
+            try:
+                return compute(self)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                if self.tokens == 1:
+                    raise EcopromptError(
+                        "out of memory on a single row; load the model in a smaller dtype or quantized"
+                    ) from None
+            torch.cuda.empty_cache()
+            self.tokens, self._logits = max(1, self.tokens // 2), self._logits // 2
+
+
+def batches(lengths: Sequence[int], budget: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices in batches of at most `budget` padded tokens (what is longer stands alone), longest first.
+
+    Each index stands for one row of its length, or for `rows` of them.
+    """
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
     formed: list[list[int]] = []
+    held = 0
     for number in order:
-        if formed and (len(formed[-1]) + 1) * lengths[formed[-1][0]] <= budget:
+        count = rows[number] if rows is not None else 1
+        if formed and (held + count) * lengths[formed[-1][0]] <= budget:
             formed[-1].append(number)
+            held += count
         else:
             formed.append([number])
+            held = count
     return formed
-
-
-def halving(compute: Callable[[list[T]], list[Any]], batch: list[T]) -> list[Any]:
-    """`compute(batch)`, in halves where the device runs out of memory; raises EcopromptError if one row is too much."""
-    import torch
-
-    try:
-        return compute(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise EcopromptError(
-                "out of memory on a single row; load the model in a smaller dtype or quantized"
-            ) from None
-    torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return halving(compute, batch[:middle]) + halving(compute, batch[middle:])
 
 
 def log_prob(value: Any) -> LogProb:
@@ -134,112 +163,190 @@ def log_prob(value: Any) -> LogProb:
     return LogProb(float(value[0]), int(value[1]))
 
 
-def _length(loaded: Loaded, request: Request) -> int:
-    head, tail = encode_pair(loaded.tokenizer, request.prompt, request.completion)
-    return len(head) + len(tail) + request.max_new_tokens
-
-
-def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request]) -> list[list[float]]:
-    """[sum of the completion's natural log-probabilities, its number of tokens] of each request."""
+def _affordable(model: PreTrainedModel) -> int:
+    """The tokens of a batch for which a quarter of the memory beside the weights should do, within bounds."""
     import torch
 
-    pairs = [encode_pair(loaded.tokenizer, request.prompt, request.completion) for request in requests]
-    heads, tails = [len(head) for head, _ in pairs], [len(tail) for _, tail in pairs]
+    cuda = model.device.type == "cuda"
+    if cuda:
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    config = model.config.get_text_config()
+    layers, hidden = (getattr(config, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
+    a_token: int = (
+        4 * layers * hidden * model.dtype.itemsize
+    )  # keys and values, and as much again while they are computed
+    return max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // a_token))
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    head, tail = encode_pair(tokenizer, prompt, completion)
+    return tuple(head), tuple(tail)
+
+
+def _units(loaded: Loaded, requests: Sequence[Request], tokens: int) -> list[list[int]]:
+    """The places of requests of one kind in batches that are computed and stored whole.
+
+    Completions of one prompt stay together; of generations a batch holds several times what is generated at once.
+    """
+    pairs = [_pair(loaded.tokenizer, request.prompt, request.completion) for request in requests]
+    lengths = [len(h) + len(t) + request.max_new_tokens for (h, t), request in zip(pairs, requests, strict=True)]
+    if any(request.kind != "log_prob" for request in requests):
+        order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0]))
+        formed = batches([lengths[number] for number in order], POOLED * tokens)
+        return [[order[place] for place in batch] for batch in formed]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (head, _) in enumerate(pairs):
+        groups.setdefault(head, []).append(number)
+    together = list(groups.values())
+    longest = [max(lengths[number] for number in group) for group in together]
+    formed = batches(longest, tokens, [len(group) for group in together])
+    return [[number for place in batch for number in together[place]] for batch in formed]
+
+
+def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
+    """[sum of the completion's natural log-probabilities, its number of tokens] of each request."""
+    pairs = [_pair(loaded.tokenizer, request.prompt, request.completion) for request in requests]
+    tails = [len(tail) for _, tail in pairs]
     if not all(tails):
         raise EcopromptError(f"an answer without a token has no probability: {requests[tails.index(0)].prompt!r}")
-    ids, mask = pad(loaded, [head + tail for head, tail in pairs], left=False)
-    first = min(heads) - 1  # logits at position t are of the token at t + 1
-    kept: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
-        kept["logits_to_keep"] = torch.arange(first, ids.shape[1] - 1, device=ids.device)
-    with torch.inference_mode():
-        if guard is None:
-            logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-        else:
-            with guard.prompt_lengths(heads):
-                logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-        logits = logits if kept else logits[:, first:-1]
-        totals = []
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            rows = logits[row, head - 1 - first : head - 1 - first + tail].float().log_softmax(-1)
-            totals.append(rows.gather(1, ids[row, head : head + tail, None]).double().sum().item())
+    totals = None
+    if (
+        room.shares
+        and (guard is None or guard.forget.scope == "prompt")
+        and len({head for head, _ in pairs}) < len(pairs)
+    ):
+        totals = _after_shared_prompts(loaded, guard, pairs, room)
+        room.shares = totals is not None
+    if totals is None:
+        totals = _after_their_own(loaded, guard, pairs, room)
     return [[total, tail] for total, tail in zip(totals, tails, strict=True)]
 
 
-def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request]) -> list[str]:
-    """The greedy continuation of each prompt, cut at its own `max_new_tokens`; a guard is on the model already."""
-    return _continuations(loaded, requests)
-
-
-def _samples(loaded: Loaded, guard: Guard | None, requests: Sequence[Sample]) -> list[str]:
-    """A sampled continuation for each request, otherwise as `_generations`."""
-    return _continuations(loaded, requests, logits_processor=[_Drawing(requests)])
-
-
-def _continuations(loaded: Loaded, requests: Sequence[Request], **settings: Any) -> list[str]:
-    """The continuations that `generate` finds greedily under further `settings`, which may change the scores."""
+def _after_shared_prompts(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room) -> list[float] | None:
+    """The log-probability of each completion, where each prompt is read once; None if the model cannot be read so."""
     import torch
+
+    from ecoprompt.prefill import follow, read
+
+    heads = list(dict.fromkeys(head for head, _ in pairs))
+    longest = max(len(head) + len(tail) for head, tail in pairs)
+    totals = [0.0] * len(pairs)
+    for chunk in batches(list(map(len, heads)), room.tokens):
+        prompts = [heads[number] for number in chunk]
+        before = read(loaded, prompts, longest, _attached(guard))
+        if before is None:
+            return None
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        rows = [number for number, (head, _) in enumerate(pairs) if head in place]
+        first = before.logits.float().log_softmax(-1)
+        for row in rows:
+            totals[row] = first[place[pairs[row][0]], pairs[row][1][0]].item()
+        rows = [row for row in rows if len(pairs[row][1]) > 1]
+        widths = [room.width(before.mask.shape[1] + len(pairs[row][1]), len(pairs[row][1])) for row in rows]
+        for part in batches(widths, room.tokens):
+            some = [rows[number] for number in part]
+            ids, mask = pad(loaded, [pairs[row][1][:-1] for row in some], left=False)
+            logits = follow(loaded, before.select([place[pairs[row][0]] for row in some]), ids, mask)
+            for values, row in zip(logits, some, strict=True):
+                totals[row] += _log_prob_of(values, torch.tensor(pairs[row][1][1:], device=ids.device))
+    return totals
+
+
+def _after_their_own(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room) -> list[float]:
+    """The log-probability of each completion, where each is read with its prompt in one go."""
+    import torch
+
+    from ecoprompt.prefill import parameters
+
+    least = min(len(head) for head, _ in pairs)
+    widths = [room.width(len(head) + len(tail), len(head) + len(tail) - least) for head, tail in pairs]
+    totals = [0.0] * len(pairs)
+    with torch.inference_mode(), guard or nullcontext():
+        for chunk in batches(widths, room.tokens):
+            heads, tails = [pairs[row][0] for row in chunk], [pairs[row][1] for row in chunk]
+            ids, mask = pad(loaded, [head + tail for head, tail in zip(heads, tails, strict=True)], left=False)
+            first = min(map(len, heads)) - 1  # logits at position t are of the token at t + 1
+            kept: dict[str, Any] = {}
+            if "logits_to_keep" in parameters(loaded.model):
+                kept["logits_to_keep"] = torch.arange(first, ids.shape[1] - 1, device=ids.device)
+            with guard.prompt_lengths(list(map(len, heads))) if guard else nullcontext():
+                logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+            logits = logits if kept else logits[:, first:-1]
+            for values, row, head, tail in zip(logits, chunk, heads, tails, strict=True):
+                start = len(head) - 1 - first
+                totals[row] = _log_prob_of(values[start:], torch.tensor(tail, device=ids.device))
+    return totals
+
+
+def _log_prob_of(logits: Tensor, tokens: Tensor) -> float:
+    """The log-probability of T tokens by their logits [at least T, V]."""
+    predicted = logits[: len(tokens)].float().log_softmax(-1)
+    return float(predicted.gather(1, tokens[:, None]).double().sum())
+
+
+def _attached(guard: Guard | None) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: guard or nullcontext()
+
+
+def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
+    """The greedy continuation of each prompt, cut at its own `max_new_tokens`."""
+    return _continuations(loaded, guard, requests, room)
+
+
+def _samples(loaded: Loaded, guard: Guard | None, requests: Sequence[Sample], room: Room) -> list[Any]:
+    """A sampled continuation for each request, otherwise as `_generations`."""
+    return _continuations(loaded, guard, requests, room, requests)
+
+
+def _continuations(
+    loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room, drawn: Sequence[Sample] = ()
+) -> list[str]:
+    """The greedy continuations as text, or those that `drawn` draws, one for each request."""
+    from ecoprompt.prefill import continuations
+
+    draw = _drawing(drawn)
+
+    def pick(logits: Tensor, rows: Sequence[int], steps: Sequence[int]) -> Tensor:
+        return (draw.at(rows, steps, logits) if draw else logits).argmax(-1)
 
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
-    ids, mask = pad(loaded, prompts, left=True)
-    longest = max(request.max_new_tokens for request in requests)
-    with torch.inference_mode():
-        out = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, **settings
-        )
-    new = out[:, ids.shape[1] :].tolist()
-    return [decode(loaded, row[: request.max_new_tokens]) for row, request in zip(new, requests, strict=True)]
+    limits = [request.max_new_tokens for request in requests]
+    slots = max(1, room.tokens // max(map(operator.add, map(len, prompts), limits)))
+    made = continuations(loaded, prompts, limits, slots, pick, _attached(guard)) if room.shares else None
+    if made is None:
+        room.shares, made = False, []
+        for start in range(0, len(prompts), slots):
+            part = slice(start, start + slots)
+            made += _generate(loaded, guard, prompts[part], limits[part], drawn[part])
+    return [decode(loaded, row) for row in made]
 
 
-class _Drawing:
-    """A logits processor after which the greatest score is a draw from the model's distribution (Gumbel-max).
+def _drawing(drawn: Sequence[Sample]) -> Drawing | None:
+    if not drawn:
+        return None
+    from ecoprompt.sampling import Drawing
 
-    `generate` draws all rows of a batch from one generator, so that a row's draws would depend on its batch.
-    """
-
-    def __init__(self, requests: Sequence[Sample]) -> None:
-        import torch
-
-        self.keys = torch.tensor([[request.noise_key()] for request in requests])
-        self.temperature = torch.tensor([[request.temperature] for request in requests])
-        self.top_p = torch.tensor([[request.top_p] for request in requests])
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] of the tokens that come next, with the noise of this step."""
-        scores = scores.float() / self.temperature.to(scores.device)
-        if (self.top_p < 1).any():
-            scores = _nucleus(scores, self.top_p.to(scores.device))
-        noise = gumbel(self.keys.to(scores.device) + self.step, scores.shape[1])
-        self.step += 1
-        return scores + noise
+    return Drawing([one.noise_key() for one in drawn], [one.temperature for one in drawn], [one.top_p for one in drawn])
 
 
-def _nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
-    """`scores` [B, V], minus infinity but for the fewest tokens of a row that come to its `top_p` [B, 1]."""
-    ranked, order = scores.softmax(-1).sort(dim=-1, descending=True)
-    beyond = (ranked.cumsum(-1) - ranked >= top_p) & (top_p < 1)
-    return scores.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
-
-
-def gumbel(keys: Tensor, count: int) -> Tensor:
-    """[B, count] numbers of the standard Gumbel distribution, a function of each row's key [B, 1] and the column alone.
-
-    Made by hashing, in whole numbers, so that every device makes the same ones and none is made in a sequence.
-    """
+def _generate(
+    loaded: Loaded, guard: Guard | None, prompts: Sequence[list[int]], limits: Sequence[int], drawn: Sequence[Sample]
+) -> list[list[int]]:
+    """What transformers' own `generate` gives, for models whose memory of a prompt cannot be taken apart."""
     import torch
 
-    columns = _mix(torch.arange(count, device=keys.device))
-    bits = _mix(_mix(keys) + columns) & ((1 << 53) - 1)
-    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's finisher (Steele, Lea, Flood 2014) on 64-bit whole numbers; the masks make its shifts unsigned."""
-    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
-    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
-    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
+    ids, mask = pad(loaded, prompts, left=True)
+    draw = _drawing(drawn)
+    settings: dict[str, Any] = {"logits_processor": [draw]} if draw else {}
+    with torch.inference_mode(), guard or nullcontext():
+        out = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, **settings
+        )
+    return [row[:limit] for row, limit in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
 
 
 def decode(loaded: Loaded, ids: Sequence[int]) -> str:
@@ -247,16 +354,9 @@ def decode(loaded: Loaded, ids: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def pad(loaded: Loaded, rows: Sequence[Sequence[int]], left: bool) -> tuple[Any, Any]:
-    """Token ids and attention mask, each [B, T], padded on one side."""
-    import torch
-
-    width = max(map(len, rows))
-    fill = loaded.tokenizer.pad_token_id or 0
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, place] = torch.tensor(row)
-        mask[number, place] = 1
-    return ids.to(loaded.model.device), mask.to(loaded.model.device)
+KINDS: dict[str, tuple[Callable[..., list[Any]], str]] = {
+    "log_prob": (_log_probs, "scoring"),
+    "generation": (_generations, "generating"),
+    "sample": (_samples, "sampling"),
+}
+"""What computes each kind of request, and what that is called while it lasts."""

@@ -32,10 +32,9 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    from ecoprompt.models import encode, load_model, render
+    from ecoprompt.models import encode, load_model, pad, render
     from ecoprompt.pack import load_forget
     from ecoprompt.recipe import parse_model
-    from ecoprompt.scoring import pad
 
     loaded = load_model(parse_model({"name": options.model}))
     questions = [json.loads(line)["question"] for line in options.prompts.open(encoding="utf-8")]

@@ -1,0 +1,199 @@
+"""Prompts read once: what a model keeps of them is selected, joined and continued; imported only with a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ecoprompt.models import Loaded, pad
+
+Attached = Callable[[], AbstractContextManager[Any]]
+"""What a prompt is read under: a guard's `with` block, or none."""
+REFILLED = 4
+"""A batch is filled up once one in so many of its rows is done, as moving the others costs as much as a step or two."""
+
+
+@dataclass
+class Prefill:
+    """What a model has read of R rows: `cache` and `mask` [R, L], left-padded, and the `logits` [R, V] that follow."""
+
+    cache: DynamicCache
+    mask: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def select(self, rows: Sequence[int]) -> Prefill:
+        """These rows, in this order and as often as they are named, without columns that none of them has."""
+        index = torch.tensor(rows, device=self.mask.device)
+        mask = self.mask[index]
+        first = int(mask.argmax(1).min())
+        pairs = [(layer.keys[index][:, :, first:], layer.values[index][:, :, first:]) for layer in self.cache.layers]
+        return Prefill(_cache(pairs), mask[:, first:], self.logits[index])
+
+    def join(self, other: Prefill) -> Prefill:
+        """The rows of both, this one's first."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        pairs = [
+            (_stack(ours.keys, theirs.keys, width), _stack(ours.values, theirs.values, width))
+            for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
+        ]
+        mask = _stack(self.mask[:, None, :, None], other.mask[:, None, :, None], width)[:, 0, :, 0]
+        return Prefill(_cache(pairs), mask, torch.cat([self.logits, other.logits]))
+
+
+class _Growing(DynamicLayer):  # type: ignore[misc]
+    """A cache layer with room to grow, where transformers' own copies all that it holds at every step."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.room = key_states, value_states, (key_states, value_states)
+            return key_states, value_states
+        held, new = self.keys.shape[2], key_states.shape[2]
+        if self.room[0].shape[2] < held + new:
+            self.room = (_roomy(self.keys, 2 * (held + new)), _roomy(self.values, 2 * (held + new)))
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held : held + new] = states
+        self.keys, self.values = (room[:, :, : held + new] for room in self.room)
+        return self.keys, self.values
+
+
+def _roomy(tensor: Tensor, length: int) -> Tensor:
+    """`tensor` [R, H, L, D] at the start of one of `length`."""
+    rows, heads, held, size = tensor.shape
+    room = tensor.new_empty(rows, heads, length, size)
+    room[:, :, :held] = tensor
+    return room
+
+
+def _cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache that holds the keys and values of each layer, [R, H, L, D]."""
+    cache = DynamicCache()
+    cache.layers = [_Growing() for _ in pairs]
+    for number, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, number)
+    return cache
+
+
+def _stack(upper: Tensor, lower: Tensor, width: int) -> Tensor:
+    """Both [R, H, L, D] along R, filled up on the left with zeros to L = `width`."""
+    stacked = upper.new_zeros(len(upper) + len(lower), upper.shape[1], width, upper.shape[3])
+    stacked[: len(upper), :, width - upper.shape[2] :] = upper
+    stacked[len(upper) :, :, width - lower.shape[2] :] = lower
+    return stacked
+
+
+def parameters(model: Any) -> frozenset[str]:
+    """The names of what the model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attached: Attached) -> Prefill | None:
+    """What the model makes of prompts, given as token ids; None if what it keeps of them cannot be taken apart.
+
+    That is so unless it keeps keys and values of all tokens, up to `longest` of them: not the state of a recurrent
+    model, nor more than a sliding window holds.
+    """
+    ids, mask = pad(loaded, prompts, left=True)
+    with torch.inference_mode(), attached():
+        out = _forward(loaded.model, ids, mask, None, logits_to_keep=1)
+    cache = getattr(out, "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or not all(_is_plain(layer, longest) for layer in cache.layers):
+        return None
+    return Prefill(_cache([(layer.keys, layer.values) for layer in cache.layers]), mask, out.logits[:, -1])
+
+
+def _is_plain(layer: Any, longest: int) -> bool:
+    kind = type(layer)
+    fits = kind is DynamicLayer or (kind is DynamicSlidingWindowLayer and longest < layer.sliding_window)
+    return fits and bool(layer.is_initialized)
+
+
+def follow(loaded: Loaded, before: Prefill, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits [R, T, V] after each of the tokens `ids` [R, T], right-padded, that follow `before`, which grows."""
+    whole = torch.cat([before.mask, mask], dim=1)
+    with torch.inference_mode():
+        out = _forward(loaded.model, ids, whole, before.cache)
+    before.mask = whole
+    logits: Tensor = out.logits
+    return logits
+
+
+def _forward(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, **kept: Any) -> Any:
+    known = parameters(model)
+    given: dict[str, Any] = {name: value for name, value in kept.items() if name in known}
+    if "position_ids" in known:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+
+
+def continuations(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    slots: int,
+    pick: Callable[[Tensor, list[int], list[int]], Tensor],
+    attached: Attached,
+) -> list[list[int]] | None:
+    """The token ids that follow each prompt, until one ends the text or there are `limits[i]` of them.
+
+    `slots` rows are continued at a time; what is done makes room for the next. `pick(logits, rows, steps)` chooses the
+    tokens of the rows from logits [R, V], where each has `steps` already. None if the model cannot be read so.
+    """
+    ends = _ends(loaded.model)
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    waiting, active = deque(range(len(prompts))), list[int]()
+    made: list[list[int]] = [[] for _ in prompts]
+    state: Prefill | None = None
+    while waiting or active:
+        going = [place for place, row in enumerate(active) if not _is_done(made[row], limits[row], ends)]
+        if state is not None and (not going or (len(active) - len(going)) * REFILLED >= len(active)):
+            state, active = state.select(going) if going else None, [active[place] for place in going]
+        if waiting and (slots - len(active)) * REFILLED >= slots:
+            new = [waiting.popleft() for _ in range(min(slots - len(active), len(waiting)))]
+            fresh = _read_each_once(loaded, [prompts[row] for row in new], longest, attached)
+            if fresh is None:
+                return None
+            state, active = fresh if state is None else state.join(fresh), active + new
+        if state is None:
+            continue
+        tokens = pick(state.logits, active, [len(made[row]) for row in active])
+        for row, token in zip(active, tokens.tolist(), strict=True):
+            if not _is_done(made[row], limits[row], ends):
+                made[row].append(token)
+        if any(not _is_done(made[row], limits[row], ends) for row in active):
+            state.logits = follow(loaded, state, tokens[:, None], torch.ones_like(tokens[:, None]))[:, -1]
+    return made
+
+
+def _read_each_once(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attached: Attached
+) -> Prefill | None:
+    """`read` of prompts of which some may be the same."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    found = read(loaded, different, longest, attached)
+    if found is None or len(different) == len(prompts):
+        return found
+    place = {prompt: number for number, prompt in enumerate(different)}
+    return found.select([place[tuple(prompt)] for prompt in prompts])
+
+
+def _is_done(made: Sequence[int], limit: int, ends: frozenset[int]) -> bool:
+    return len(made) >= limit or (bool(made) and made[-1] in ends)
+
+
+def _ends(model: Any) -> frozenset[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
