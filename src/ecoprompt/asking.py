@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +27,15 @@ GENERATED = ("generation", "samples")
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A row as it is put to a model: the token ids of its prompt, and by what its metrics read the requests."""
+
+    item: Item
+    prompt_ids: list[int]
+    wanted: Mapping[str, Sequence[Request]]
+
+
+@dataclass(frozen=True)
 class Asked:
     """A row put to a model: by what its metrics read, the requests and the keys that their results are stored under."""
 
@@ -42,64 +51,72 @@ class Asked:
             yield from zip(keys, self.wanted[name], strict=True)
 
 
-def ask(
-    loaded: Loaded,
-    recipe: Recipe,
-    run: Run,
-    trained: TrainedGate | None,
-    items: Sequence[Item],
-    store: Store,
-    claimed: set[str],
-    progress: Progress,
-) -> tuple[list[Asked], float]:
-    """Ask a model all rows in one state; returns what was asked and the seconds that computing it took.
+class Asking:
+    """Rows of benchmarks put to one model in any number of states; what several states share is made once.
 
-    `claimed` are the keys that earlier runs answer; this run's are added.
+    `claimed` are the keys that other runs answer, of this model or another, and those of these runs as they come.
     """
-    prefix = _prefix(recipe, run)
-    progress("preparing", 0, 1)
-    requests = [_requests(loaded, item, prefix, recipe.seed) for item in items]
-    guard = None
-    if trained is not None and run.gate is not None and run.tokens is not None and run.corruption is not None:
-        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
-        # Answers are checked below: what is stored for an unflagged prompt is the plain model's, which is any run's.
-        guard = Guard(loaded.model, loaded.tokenizer, replace(spec, check="prompt"))
 
-    def compute() -> float:
+    def __init__(self, loaded: Loaded, recipe: Recipe, items: Sequence[Item], store: Store, claimed: set[str]) -> None:
+        self.loaded = loaded
+        self.recipe = recipe
+        self.items = items
+        self.store = store
+        self.claimed = claimed
+        self._prepared: dict[str, list[Prepared]] = {}
+
+    def ask(self, run: Run, trained: TrainedGate | None, progress: Progress) -> tuple[list[Asked], float]:
+        """Ask all rows in the state of `run`; returns what was asked and the seconds that computing it took."""
+        prepared = self._prepare(run, progress)
+        guard = self._guard(run, trained)
+        prompts = [one.prompt_ids for one in prepared]
+        decisions = guard.decide(prompts) if guard else [None] * len(prompts)
+        asked = [_asked(self.loaded, run, *pair) for pair in zip(prepared, decisions, strict=True)]
+        seconds = self._compute(run, guard, asked, progress)
+        if guard is not None and run.gate is not None and run.gate.check == "answer":
+            for number in _refuted(guard, prompts, asked, self.store):
+                (decision,) = guard.decide([prompts[number]])
+                again = {name: prepared[number].wanted[name] for name in GENERATED if name in asked[number].keys}
+                made = _asked(self.loaded, run, replace(prepared[number], wanted=again), decision)
+                asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=prepared[number].wanted)
+            seconds += self._compute(run, guard, asked, progress)
+        return asked, seconds
+
+    def _prepare(self, run: Run, progress: Progress) -> list[Prepared]:
+        """The rows as they are put to the model behind the prefix of `run`."""
+        prefix = _prefix(self.recipe, run)
+        if prefix not in self._prepared:
+            progress("preparing", 0, 1)
+            self._prepared[prefix] = [_prepare(self.loaded, item, prefix, self.recipe.seed) for item in self.items]
+        return self._prepared[prefix]
+
+    def _guard(self, run: Run, trained: TrainedGate | None) -> Guard | None:
+        if trained is None or run.gate is None or run.tokens is None or run.corruption is None:
+            return None
+        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
+        # Answers are checked by `ask`: what is stored for an unflagged prompt is the plain model's, which is any run's.
+        return Guard(self.loaded.model, self.loaded.tokenizer, replace(spec, check="prompt"))
+
+    def _compute(self, run: Run, guard: Guard | None, asked: Sequence[Asked], progress: Progress) -> float:
+        """Compute what no other run does; returns the seconds that it took."""
         seconds = 0.0
-        for attached in (None, guard):  # an unflagged prompt is the plain model's, whatever the guard
+        for attached in (None, guard) if guard else (None,):  # an unflagged prompt is the plain model's, for any guard
             rows = [row for row in asked if row.flagged == (attached is not None)]
-            new = {key: one for row in rows for key, one in row.requests() if key not in claimed}
-            claimed.update(new)
-            seconds += answer(loaded, list(new.items()), store, attached, run.model.batch_tokens, progress)
+            new = {key: one for row in rows for key, one in row.requests() if key not in self.claimed}
+            self.claimed.update(new)
+            todo = list(new.items())
+            seconds += answer(self.loaded, todo, self.store, attached, run.model.batch_tokens, progress)
         return seconds
 
-    prompts = [encode(loaded.tokenizer, prompt) for prompt, _ in requests]
-    decisions = guard.decide(prompts) if guard else [None] * len(items)
-    asked = [
-        _asked(loaded, run, item, by_input, decision)
-        for item, (_, by_input), decision in zip(items, requests, decisions, strict=True)
-    ]
-    seconds = compute()
-    if guard is not None and run.gate is not None and run.gate.check == "answer":
-        for number in _refuted(guard, prompts, asked, store):
-            (decision,) = guard.decide([prompts[number]])
-            again = {name: requests[number][1][name] for name in GENERATED if name in asked[number].keys}
-            made = _asked(loaded, run, items[number], again, decision)
-            asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=requests[number][1])
-        seconds += compute()
-    return asked, seconds
 
-
-def _asked(
-    loaded: Loaded, run: Run, item: Item, by_input: Mapping[str, Sequence[Request]], decision: Decision | None
-) -> Asked:
+def _asked(loaded: Loaded, run: Run, prepared: Prepared, decision: Decision | None) -> Asked:
     """A row with the keys of what is asked of it: of a flagged one, they depend on how it is corrupted."""
     corrupted = None
     if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
         corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
-    keys = {name: [one.key(loaded.fingerprint, corrupted) for one in wanted] for name, wanted in by_input.items()}
-    return Asked(item, keys, by_input, corrupted is not None, decision.score if decision else None)
+    wanted = prepared.wanted
+    keys = {name: [one.key(loaded.fingerprint, corrupted) for one in requests] for name, requests in wanted.items()}
+    return Asked(prepared.item, keys, wanted, corrupted is not None, decision.score if decision else None)
 
 
 def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], store: Store) -> list[int]:
@@ -140,8 +157,8 @@ def _prefix(recipe: Recipe, run: Run) -> str:
     return fill(run.prefix, {"targets": ", ".join(targets)}).strip() + "\n"
 
 
-def _requests(loaded: Loaded, item: Item, prefix: str, seed: int) -> tuple[str, dict[str, list[Request]]]:
-    """The rendered prompt of a row, and by what its metrics read the requests that give it.
+def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int) -> Prepared:
+    """A row as it is put to the model behind `prefix`.
 
     A generation, greedy or sampled, may be as long as the benchmark allows prompt and answer together, a run's prefix
     not counted.
@@ -165,15 +182,41 @@ def _requests(loaded: Loaded, item: Item, prefix: str, seed: int) -> tuple[str, 
                     chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
                     numbers = range(subset.samples or 0)
                     requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
-    return prompt, requests
+    return Prepared(item, encode(loaded.tokenizer, prompt), requests)
 
 
-def row_of(asked: Asked, store: Store) -> dict[str, Any]:
-    """One row of rows.jsonl: what was asked, what came back, and the value of every metric."""
+def row_of(asked: Asked, store: Store, known: dict[Hashable, Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of rows.jsonl: what was asked, what came back, and the value of every metric.
+
+    `known` is what was read of rows before, most of which are the same in several runs; what is new is added.
+    """
     item = asked.item
-    subset = benchmarks[item.benchmark].subset(item.subset)
+    place = (
+        item.benchmark,
+        item.subset,
+        item.index,
+        asked.flagged,
+        *(key for keys in asked.keys.values() for key in keys),
+    )
+    if place not in known:
+        known[place] = _read(asked, store)
+    return {
+        "benchmark": item.benchmark,
+        "subset": item.subset,
+        "forget": benchmarks[item.benchmark].subset(item.subset).forget,
+        "index": item.index,
+        "prompt": item.prompt,
+        "target": item.target,
+        "flagged": asked.flagged,
+        "score": asked.score,
+        **known[place],
+    }
+
+
+def _read(asked: Asked, store: Store) -> dict[str, Any]:
+    """What was generated for a row, and the `values` of its metrics."""
     stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
-    read: dict[str, Any] = {"target": item.target, "flagged": float(asked.flagged)}
+    read: dict[str, Any] = {"target": asked.item.target, "flagged": float(asked.flagged)}
     for name, found in stored.items():
         if name == "generation":
             read[name] = found[0]
@@ -182,17 +225,6 @@ def row_of(asked: Asked, store: Store) -> dict[str, Any]:
         else:
             probabilities = [log_prob(value) for value in found]
             read[name] = probabilities if name == "alternatives" else probabilities[0]
-    return {
-        "benchmark": item.benchmark,
-        "subset": item.subset,
-        "forget": subset.forget,
-        "index": item.index,
-        "prompt": item.prompt,
-        "target": item.target,
-        "flagged": asked.flagged,
-        "score": asked.score,
-        **{name: read[name] for name in ("generation", "samples") if name in read},
-        "values": {
-            name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()
-        },
-    }
+    subset = benchmarks[asked.item.benchmark].subset(asked.item.subset)
+    values = {name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()}
+    return {name: read[name] for name in GENERATED if name in read} | {"values": values}

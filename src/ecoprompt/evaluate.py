@@ -6,7 +6,7 @@ import gc
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.asking import Asked, ask, judge, row_of
+from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate
@@ -71,12 +71,12 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
         asked, seconds = judge(recipe, run, gate, items, _named(progress, run.name))
         done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
     for group in _by_model(runs) if asks_model else ():
-        loaded = load_model(group[0].model)
+        asking = Asking(load_model(group[0].model), recipe, items, store, claimed)
         for run in group:
             gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-            asked, seconds = ask(loaded, recipe, run, gate, items, store, claimed, _named(progress, run.name))
+            asked, seconds = asking.ask(run, gate, _named(progress, run.name))
             done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
-        del loaded
+        del asking
         gc.collect()
     return _conclude(recipe, runs, done, store, folder)
 
@@ -89,7 +89,8 @@ def _conclude(
     folder: Path,
 ) -> Evaluated:
     """Metrics, summary and files of runs that are computed."""
-    rows = {run.name: [row_of(asked, store) for asked in done[run.name][0]] for run in runs}
+    known: dict[Hashable, Mapping[str, Any]] = {}
+    rows = {run.name: [row_of(asked, store, known) for asked in done[run.name][0]] for run in runs}
     values = {name: _values(found) for name, found in rows.items()}
     entries: dict[str, Any] = {}
     for run in runs:

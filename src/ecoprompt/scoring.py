@@ -178,7 +178,7 @@ def _affordable(model: PreTrainedModel) -> int:
     a_token: int = (
         4 * layers * hidden * model.dtype.itemsize
     )  # keys and values, and as much again while they are computed
-    return max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // a_token))
+    return int(max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // a_token)))
 
 
 @functools.lru_cache(maxsize=1 << 17)
