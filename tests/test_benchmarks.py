@@ -163,6 +163,16 @@ def test_a_limit_takes_a_seeded_sample(world):
     assert set(some) < set(world.items("retain", "one"))
 
 
+def test_rows_of_the_forget_set_are_kept_apart_for_a_search(world):
+    every = world.items("forget", "one")
+    rest, held = (world.items("forget", "one", held_out=0.5, held=held, seed=3) for held in (False, True))
+    assert len(held) == round(0.5 * len(every))
+    assert sorted([*rest, *held], key=lambda item: item.index) == every
+    assert set(world.items("forget", "one", held_out=0.5, seed=3, limit=1)) <= set(rest)
+    assert world.items("retain", "one", held_out=0.5, seed=3) == world.items("retain", "one")
+    assert world.items("retain", "one", held_out=0.5, held=True) == []
+
+
 def test_gate_texts_follow_the_forget_set(world):
     texts = world.gate_texts("one")
     assert texts.positive == ["f0", "f1", "f2", "f3"]

@@ -163,6 +163,30 @@ def test_forget_quality_is_exact_for_two_rows_a_side():
     assert module.forget_quality(ratios(1, 2), ratios(3, 4)) == pytest.approx(1 / 3)
 
 
+def test_the_ks_statistic_is_the_largest_distance_of_both_distributions():
+    """By hand: at 2, three quarters of one sample lie below and a quarter of the other."""
+    ours, theirs = ratios(0.5, 1.0, 2.0, 9.0), ratios(2.0, 3.0, 4.0, 5.0)
+    assert module.ks_statistic(ours, theirs) == 0.5
+    assert module.ks_statistic(ours, ours) == 0.0
+    assert module.ks_statistic(ratios(1, 2), ratios(3, 4)) == 1.0
+    assert module.ks_statistic(ours, None) is None
+
+
+@pytest.mark.parametrize(("others", "right"), [((0.1, 0.2), 1.0), ((0.1, 0.5), 0.0), ((0.4,), 0.0)])
+def test_a_choice_is_right_if_it_is_likelier_than_each_other(others, right):
+    """Per token, whatever the length; as likely as another is not likelier."""
+    assert module.choice_accuracy(logprob(0.4, 2), [logprob(other) for other in others]) == right
+
+
+@pytest.mark.parametrize("name", ["choice_accuracy", "normalized_probability"])
+def test_chance_is_what_a_model_scores_that_finds_all_answers_alike(name):
+    if name == "normalized_probability":
+        alike = logprob(0.3)
+        assert module.normalized_probability(alike, [alike] * 3) == pytest.approx(metrics[name].chance(3))
+    assert metrics[name].chance(3) == 0.25
+    assert metrics["truth_ratio"].chance is None
+
+
 def test_forget_quality_is_none_without_a_retain_run():
     assert module.forget_quality(ratios(1.0), None) is None
     assert module.forget_quality_folded(ratios(1.0), None) is None

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, sample
+from ecoprompt.data import Row, Source, check_columns, sample, split
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
 from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
@@ -183,10 +183,17 @@ class Benchmark(Named):
         root: Path | None = None,
         limit: int | None = None,
         seed: int = 0,
+        held_out: float = 0.0,
+        held: bool = False,
     ) -> list[Item]:
-        """The rows of `subset`, or a seeded sample of `limit` of them, with their prompts and answers."""
+        """The rows of `subset`, or a seeded sample of `limit` of them, with their prompts and answers.
+
+        Of a forget set, the share `held_out` of its rows is kept apart for a search: these if `held`, else all others.
+        """
         table = self.subset(subset)
         prompt = table.prompt or self.prompt
+        rows = list(enumerate(self.subset_rows(subset, forget, root)))
+        parts = split(rows, held_out, seed) if table.forget else (rows, [])
         return [
             Item(
                 benchmark=self.name,
@@ -197,7 +204,7 @@ class Benchmark(Named):
                 reference=row[table.reference or table.answer] if table.asks_model else "",
                 alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
             )
-            for index, row in sample(self.subset_rows(subset, forget, root), limit, seed)
+            for _, (index, row) in sample(parts[held], limit, seed)
         ]
 
     def gate_texts(self, forget: str | ForgetSet | None, root: Path | None = None) -> GateData:

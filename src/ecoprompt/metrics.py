@@ -43,11 +43,14 @@ class LogProb:
         return self.total / self.tokens
 
 
-def direction(better: Better, of: Sequence[str] = ()) -> Callable[[F], F]:
-    """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made."""
+def direction(better: Better, of: Sequence[str] = (), chance: Callable[[int], float] | None = None) -> Callable[[F], F]:
+    """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
+
+    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives.
+    """
 
     def mark(function: F) -> F:
-        function.__dict__.update(better=better, of=tuple(of))
+        function.__dict__.update(better=better, of=tuple(of), chance=chance)
         return function
 
     return mark
@@ -80,13 +83,23 @@ def answer_probability(answer: LogProb) -> float:
 
 
 @metrics.register
-@direction("higher")
+@direction("higher", chance=lambda alternatives: 1 / (1 + alternatives))
 def normalized_probability(answer: LogProb, alternatives: Sequence[LogProb]) -> float:
     """Share of the answer in the length-normalised probabilities of all answers, in [0, 1] (TOFU, section 2.2).
 
     Computed from differences of logarithms, so that it stays defined where every probability underflows.
     """
     return 1 / (1 + math.fsum(_exp(other.mean - answer.mean) for other in alternatives))
+
+
+@metrics.register
+@direction("higher", chance=lambda alternatives: 1 / (1 + alternatives))
+def choice_accuracy(answer: LogProb, alternatives: Sequence[LogProb]) -> float:
+    """1 if the answer has a higher mean log-probability per token than every alternative, else 0.
+
+    Of choices named by letters of one token each, it is the accuracy by the letters' logits.
+    """
+    return float(all(answer.mean > other.mean for other in alternatives))
 
 
 @metrics.register
@@ -183,7 +196,20 @@ def forget_quality(values: Values, retain: Values | None, *, subset: str = "forg
     """
     if retain is None:
         return None
-    return _same_distribution(values[f"{subset}/truth_ratio"], retain[f"{subset}/truth_ratio"])
+    return _compared(values[f"{subset}/truth_ratio"], retain[f"{subset}/truth_ratio"])[1]
+
+
+@aggregates.register
+@direction("lower", of=["truth_ratio"])
+def ks_statistic(values: Values, retain: Values | None, *, subset: str = "forget") -> float | None:
+    """The Kolmogorov-Smirnov statistic that `forget_quality` is the p-value of, in [0, 1]; None without a retain run.
+
+    The largest distance between the distributions of both truth ratios: unlike the p-value it does not depend on how
+    many rows there are, nor does it fall to nothing far from the optimum, so that a search can follow it.
+    """
+    if retain is None:
+        return None
+    return _compared(values[f"{subset}/truth_ratio"], retain[f"{subset}/truth_ratio"])[0]
 
 
 @aggregates.register
@@ -195,17 +221,19 @@ def forget_quality_folded(values: Values, retain: Values | None, *, subset: str 
     """
     if retain is None:
         return None
-    return _same_distribution(_fold(values[f"{subset}/truth_ratio"]), _fold(retain[f"{subset}/truth_ratio"]))
+    return _compared(_fold(values[f"{subset}/truth_ratio"]), _fold(retain[f"{subset}/truth_ratio"]))[1]
 
 
 def _fold(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(ratios > 1, 1 / np.maximum(ratios, 1), ratios)
 
 
-def _same_distribution(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+def _compared(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> tuple[float, float]:
+    """Statistic and p-value of the two-sample Kolmogorov-Smirnov test."""
     from scipy.stats import ks_2samp
 
     with warnings.catch_warnings():
         # An exact probability that rounds to just above 1 makes scipy fall back to the asymptotic one, which is 1.
         warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning)
-        return float(ks_2samp(ours, theirs).pvalue)
+        found = ks_2samp(ours, theirs)
+    return float(found.statistic), float(found.pvalue)

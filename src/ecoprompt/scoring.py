@@ -175,10 +175,8 @@ def _affordable(model: PreTrainedModel) -> int:
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     config = model.config.get_text_config()
     layers, hidden = (getattr(config, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
-    a_token: int = (
-        4 * layers * hidden * model.dtype.itemsize
-    )  # keys and values, and as much again while they are computed
-    return int(max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // a_token)))
+    token = 4 * layers * hidden * model.dtype.itemsize  # keys and values, and as much again while they are computed
+    return int(max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // token)))
 
 
 @functools.lru_cache(maxsize=1 << 17)
