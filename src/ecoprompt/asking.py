@@ -55,9 +55,19 @@ class Asking:
     """Rows of benchmarks put to one model in any number of states; what several states share is made once.
 
     `claimed` are the keys that other runs answer, of this model or another, and those of these runs as they come.
+    `only` are the metrics that are read, by what the subsets call them; without, all are.
     """
 
-    def __init__(self, loaded: Loaded, recipe: Recipe, items: Sequence[Item], store: Store, claimed: set[str]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        recipe: Recipe,
+        items: Sequence[Item],
+        store: Store,
+        claimed: set[str],
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.only = only
         self.loaded = loaded
         self.recipe = recipe
         self.items = items
@@ -87,7 +97,9 @@ class Asking:
         prefix = _prefix(self.recipe, run)
         if prefix not in self._prepared:
             progress("preparing", 0, 1)
-            self._prepared[prefix] = [_prepare(self.loaded, item, prefix, self.recipe.seed) for item in self.items]
+            self._prepared[prefix] = [
+                _prepare(self.loaded, item, prefix, self.recipe.seed, self.only) for item in self.items
+            ]
         return self._prepared[prefix]
 
     def _guard(self, run: Run, trained: TrainedGate | None) -> Guard | None:
@@ -157,7 +169,7 @@ def _prefix(recipe: Recipe, run: Run) -> str:
     return fill(run.prefix, {"targets": ", ".join(targets)}).strip() + "\n"
 
 
-def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int) -> Prepared:
+def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int, only: frozenset[str] | None) -> Prepared:
     """A row as it is put to the model behind `prefix`.
 
     A generation, greedy or sampled, may be as long as the benchmark allows prompt and answer together, a run's prefix
@@ -170,7 +182,7 @@ def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int) -> Prepared:
     prompt = render(loaded.tokenizer, messages)
     texts = {"answer": [item.target], "reference": [item.reference], "alternatives": list(item.alternatives)}
     requests: dict[str, list[Request]] = {}
-    for metric in subset.metrics.values():
+    for metric in (metric for key, metric in subset.metrics.items() if only is None or key in only):
         for name in reads(metric):
             if name in texts and name not in requests:
                 completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
@@ -226,5 +238,9 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
             probabilities = [log_prob(value) for value in found]
             read[name] = probabilities if name == "alternatives" else probabilities[0]
     subset = benchmarks[asked.item.benchmark].subset(asked.item.subset)
-    values = {name: metrics[metric](*(read[part] for part in reads(metric))) for name, metric in subset.metrics.items()}
+    values = {
+        name: metrics[metric](*(read[part] for part in reads(metric)))
+        for name, metric in subset.metrics.items()
+        if read.keys() >= set(reads(metric))
+    }
     return {name: read[name] for name in GENERATED if name in read} | {"values": values}

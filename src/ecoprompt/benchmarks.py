@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +156,22 @@ class Benchmark(Named):
                 compared = subset.forget and asks_model(metric)
                 found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
         return found
+
+    def forget_columns(self) -> dict[str, tuple[list[str], list[str]]]:
+        """The columns that are read off forget sets alone: by name the subsets and the keys of metrics they are of."""
+        forgotten = {name: subset for name, subset in self.subsets.items() if subset.forget}
+        found = {f"{name}_{key}": ([name], [key]) for name, subset in forgotten.items() for key in subset.metrics}
+        for name, parameters in self.aggregates.items():
+            subsets = parameters.get("subsets") or [parameters["subset"]]
+            if set(subsets) <= set(forgotten):
+                found[name] = (list(subsets), list(aggregates[name].of))
+        return found
+
+    def chance(self, column: str) -> Callable[[int], float] | None:
+        """What a column is by chance, by the number of alternatives, if it is one of a forget set that says so."""
+        subsets, keys = self.forget_columns().get(column, ([], []))
+        metric = self.subsets[subsets[0]].metrics[keys[0]] if subsets and column not in self.aggregates else None
+        return metrics[metric].chance if metric else None  # type: ignore[no-any-return]
 
     @property
     def asks_model(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ecoprompt.registry import InputError, benchmarks, nearest
+from ecoprompt.registry import InputError, benchmarks, corruptions, nearest, show
 from ecoprompt.template import template_names
 
 
@@ -96,4 +96,47 @@ def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
         elif forget_set not in benchmarks[name].forget_sets:
             known = [f"{name}/{known}" for known in benchmarks[name].forget_sets]
             problems.append(f"'data.forget': no forget set '{forget}'; {nearest(forget, known)}")
+    return problems
+
+
+def check_optimize(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the search for a corruption, beyond what its own tables say."""
+    table = raw.get("optimize")
+    if not isinstance(table, dict):
+        return []
+    problems = [f"'optimize': a search needs [{name}]" for name in ("data", "corruption") if name not in raw]
+    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
+    names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
+    known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
+    columns = [column for benchmark in known for column in benchmark.forget_columns()]
+    metric, target = table.get("metric"), table.get("target", "retain")
+    if isinstance(metric, str) and metric not in columns:
+        problems.append(
+            f"'optimize.metric': no [[evaluate]] has '{metric}' of a forget set; {nearest(metric, columns)}"
+        )
+    runs = raw.get("run")
+    if target == "retain" and "surrogate" not in table and not (isinstance(runs, dict) and "retain" in runs):
+        problems.append("'optimize.target': there is neither [run.retain] nor [optimize] surrogate to take it from")
+    if target == "chance" and metric in columns and not any(one.chance(str(metric)) for one in known):
+        problems.append(f"'optimize.target': '{metric}' has no value that chance gives; say a number")
+    return problems + _check_parameter(raw, table)
+
+
+def _check_parameter(raw: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the parameter that is searched for, and with its bounds."""
+    problems = []
+    corruption = raw.get("corruption")
+    method = corruption.get("method") if isinstance(corruption, dict) else None
+    if isinstance(method, str) and method in corruptions:
+        takes = corruptions.schema(method).model_fields
+        parameter = table.get("parameter", "strength")
+        if parameter not in takes:
+            problems.append(f"'optimize.parameter': '{method}' has no '{parameter}'; {nearest(str(parameter), takes)}")
+    if table.get("vector") is True and table.get("parameter", "strength") != "strength":
+        problems.append("'optimize.vector': only a strength can be one for each dimension")
+    bounds = table.get("bounds")
+    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds):
+        least = 0 if table.get("scale", "log") == "linear" else None
+        if not bounds[0] < bounds[1] or bounds[0] < 0 or (least is None and bounds[0] == 0):
+            problems.append(f"'optimize.bounds': found {show(bounds)}, expected two numbers above 0, the smaller first")
     return problems

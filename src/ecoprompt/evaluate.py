@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import numpy as np
 from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.models import load_model, locate
-from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate
+from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
-from ecoprompt.results import Store, count_rows, grid, write_results
+from ecoprompt.results import Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 
 RETAIN = "retain"
@@ -36,6 +36,7 @@ class Evaluated:
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
     files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def samples(self, count: int = 3) -> tuple[list[str], list[str], dict[str, list[str]]]:
         """(prompts, true answers, answers by run) of a few generations, forget set first, spread over its rows."""
@@ -52,7 +53,7 @@ class Evaluated:
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
-    runs = runs_of(recipe)
+    runs, notes = _with_learned(recipe, runs_of(recipe), output)
     asks_model = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
@@ -78,7 +79,19 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
             done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
         del asking
         gc.collect()
-    return _conclude(recipe, runs, done, store, folder)
+    found = _conclude(recipe, runs, done, store, folder)
+    return replace(found, notes=notes)
+
+
+def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[Run], list[str]]:
+    """The runs with the corruption that was learned in place of the recipe's, and what is to be said of it."""
+    if recipe.optimize is None:
+        return runs, []
+    learned = learned_corruption(recipe, output)
+    if learned is None:
+        return runs, ["[optimize] has not been run yet, so [corruption] is used as it stands"]
+    own = [replace(run, corruption=learned) if run.corruption == recipe.corruption else run for run in runs]
+    return own, [f"the corruption is the one that was learned: {learned.method}, {to_json(learned.parameters, None)}"]
 
 
 def _conclude(
@@ -91,12 +104,11 @@ def _conclude(
     """Metrics, summary and files of runs that are computed."""
     known: dict[Hashable, Mapping[str, Any]] = {}
     rows = {run.name: [row_of(asked, store, known) for asked in done[run.name][0]] for run in runs}
-    values = {name: _values(found) for name, found in rows.items()}
     entries: dict[str, Any] = {}
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, values[run.name], values.get(_retain(run.name, values))),
+            "metrics": _metrics(recipe, rows[run.name], rows.get(_retain(run.name, rows))),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
@@ -132,8 +144,11 @@ def _retain(run: str, values: Mapping[str, Any]) -> str:
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate` would do, told without a model, a network or torch: recipe, runs, rows and devices."""
     rows: dict[str, dict[str, int | None]] = {}
-    for table, benchmark, forget_set, root in _tables(recipe):
+    for table, benchmark, forget_set, root in tables_of(recipe):
         counts = benchmark.dry_rows(forget_set, root)
+        for name, count in list(counts.items()) if recipe.optimize else ():
+            if benchmark.subset(name).forget and count is not None:
+                counts[name] = count - round(recipe.optimize.held_out * count)
         rows[benchmark.name] = {name: _at_most(count, _limit(table, name)) for name, count in counts.items()}
     if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
         root = Path(recipe.data.root) if recipe.data.root else None
@@ -161,7 +176,7 @@ def runs_of(recipe: Recipe) -> list[Run]:
     return runs
 
 
-def _tables(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
+def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
     """Each [[evaluate]] with its benchmark, the forget set if that benchmark has it, and the data's root.
 
     Benchmarks of the same data share the names of their forget sets.
@@ -178,12 +193,13 @@ def _limit(table: EvaluateTable, subset: str) -> int | None:
 
 
 def _items(recipe: Recipe) -> list[Item]:
-    """All rows that every run is asked."""
+    """All rows that every run is asked; those that a search read are not."""
+    held_out = recipe.optimize.held_out if recipe.optimize else 0.0
     return [
         item
-        for table, benchmark, forget_set, root in _tables(recipe)
+        for table, benchmark, forget_set, root in tables_of(recipe)
         for subset in benchmark.subsets
-        for item in benchmark.items(subset, forget_set, root, _limit(table, subset), recipe.seed)
+        for item in benchmark.items(subset, forget_set, root, _limit(table, subset), recipe.seed, held_out)
     ]
 
 
@@ -199,33 +215,28 @@ def _named(progress: Progress, run: str) -> Progress:
     return lambda what, done, total: progress(f"{run}: {what}", done, total)
 
 
-def _values(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The rows' values as arrays, by benchmark and "subset/metric"."""
+def values_of(rows: Sequence[Mapping[str, Any]], benchmark: str) -> dict[str, np.ndarray]:
+    """The values of a benchmark's rows as arrays, by "subset/metric"."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        for name, value in row["values"].items():
-            found.setdefault(f"{row['benchmark']}:{row['subset']}/{name}", []).append(value)
+        for name, value in row["values"].items() if row["benchmark"] == benchmark else ():
+            found.setdefault(f"{row['subset']}/{name}", []).append(value)
     return {name: np.array(values) for name, values in found.items()}
 
 
 def _metrics(
-    recipe: Recipe, values: Mapping[str, np.ndarray], retain: Mapping[str, np.ndarray] | None
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]] | None
 ) -> dict[str, Any]:
     """The aggregates of each benchmark, then the mean of every row metric by subset."""
     found: dict[str, Any] = {}
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        own = _of(values, benchmark.name)
-        theirs = _of(retain, benchmark.name) if retain is not None else None
+        own = values_of(rows, benchmark.name)
+        theirs = values_of(retain, benchmark.name) if retain is not None else None
         for name, parameters in benchmark.aggregates.items():
             found[name] = aggregates[name](own, theirs, **parameters)
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
     return found
-
-
-def _of(values: Mapping[str, np.ndarray], benchmark: str) -> dict[str, np.ndarray]:
-    head = f"{benchmark}:"
-    return {name.removeprefix(head): array for name, array in values.items() if name.startswith(head)}
 
 
 def _gate_report(asked: Sequence[Asked], trained: TrainedGate) -> dict[str, Any]:

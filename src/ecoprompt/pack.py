@@ -32,7 +32,7 @@ from ecoprompt.gate import (
 from ecoprompt.models import HUB_ID
 from ecoprompt.pressure import press
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
-from ecoprompt.registry import InputError, Progress, benchmarks, gates, nearest, quiet
+from ecoprompt.registry import EcopromptError, InputError, Progress, benchmarks, corruptions, gates, nearest, quiet
 from ecoprompt.results import write_text_atomic
 from ecoprompt.sources import GateData, without_overlap
 
@@ -44,6 +44,8 @@ RETAIN_SET = "retain set"
 FILES = (PACK, *(f"gate/{name}" for name in (SETTINGS, WEIGHTS, *CLASSIFIER)))
 """What is fetched of a pack on the Hub."""
 SPEC = ("tokens", "corruption")
+LEARNED = "learned"
+"""The table of a pack that says how its corruption was found."""
 ABOUT = ("trained", "tradeoff")
 EDITS = ("lower_case", "upper_case", "no_punctuation", "typos", "extra_spaces")
 """The pressures under which a pack's gate is measured; `evaluate` measures it under all (recipe `robustness`)."""
@@ -87,6 +89,8 @@ def obtain_gate(
                 about = {name: stored[name] for name in ABOUT if name in stored}
                 trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"], about)
                 spec = {name: stored[name] for name in SPEC if name in stored}
+                if LEARNED in stored and stored[LEARNED]["digest"] == searched_by(recipe):
+                    spec["corruption"] = _spec(recipe).get("corruption")
                 if _spec(recipe) != spec or _reading(table).items() - stored["gate"].items():
                     _save_if_possible(folder, recipe, trained, seed, trained_on, table)
                 return trained
@@ -95,6 +99,40 @@ def obtain_gate(
     trained = _train(table, data, seed, progress)
     _save_if_possible(folder, recipe, trained, seed, trained_on, table)
     return trained
+
+
+def searched_by(recipe: Recipe) -> str:
+    """A digest of all that determines which corruption a search finds, but for the data and the models' files."""
+    parts = ("optimize", "corruption", "tokens", "gate", "model", "data", "run", "evaluate", "seed")
+    return digest({name: value for name, value in recipe.document().items() if name in parts})
+
+
+def save_learned(
+    recipe: Recipe, trained: TrainedGate, corruption: Mapping[str, Any], about: Mapping[str, Any], output: Path = OUTPUT
+) -> Path:
+    """Write a corruption that was learned, and how, into the recipe's pack; its folder."""
+    import tomli_w
+
+    folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
+    if not (folder / PACK).is_file():  # a published gate, which needs no pack until now
+        save_pack(folder, recipe, trained, recipe.seed, "")
+    document = _read_pack(folder) | {"corruption": dict(corruption), LEARNED: dict(about)}
+    write_card(folder, _title(recipe), document)
+    write_text_atomic(folder / PACK, tomli_w.dumps(document))
+    return folder
+
+
+def learned_corruption(recipe: Recipe, output: Path = OUTPUT) -> CorruptionTable | None:
+    """The corruption that `optimize` found for just this recipe and wrote into its pack; None if there is none."""
+    try:
+        stored = _read_pack(pack_folder(recipe, recipe.gate, recipe.seed, output))
+        if stored[LEARNED]["digest"] != searched_by(recipe):
+            return None
+        parameters = {**stored["corruption"]}
+        method = parameters.pop("method")
+        return CorruptionTable(method=method, parameters=corruptions.bind(method, parameters, "corruption"))
+    except (EcopromptError, OSError, KeyError, TypeError):
+        return None
 
 
 def _save_if_possible(folder: Path, recipe: Recipe, *rest: Any) -> None:
@@ -309,5 +347,6 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         if recipe.corruption is None:
             raise InputError(f"{reference}: no [corruption], so there is nothing to guard with")
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
-        return make_forget(trained, recipe.gate, recipe.tokens, recipe.corruption, recipe.seed)
+        learned = learned_corruption(recipe) if recipe.optimize else None
+        return make_forget(trained, recipe.gate, recipe.tokens, learned or recipe.corruption, recipe.seed)
     return load_pack(fetch(reference, FILES, PACK, "pack"))

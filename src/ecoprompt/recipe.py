@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from ecoprompt.checks import check_benchmarks, check_runs
+from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
-from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, selectors
+from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, searches, selectors
 from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
 
 
@@ -117,6 +117,30 @@ class EvaluateTable(Table):
     )
 
 
+class OptimizeTable(Table):
+    """The search for the corruption's strength or dims, from where `[corruption]` starts; the other keys are the
+    parameters of its method."""
+
+    metric: str = Field(description="a column of a benchmark's results for its forget set, as in `ks_statistic`")
+    target: float | Literal["retain", "chance"] = Field(
+        "retain", description="what the metric is to be: a number, what [run.retain] scores, or what chance does"
+    )
+    surrogate: str | None = Field(None, description="a model that stands for the retain model where there is none")
+    parameter: Literal["strength", "dims"] = Field("strength", description="what of the corruption is searched for")
+    vector: bool = Field(False, description="a strength of its own for each of the dimensions")
+    bounds: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="the least and the most; by itself: strength 0.01 to 1000, dims 1 to the hidden size"
+    )
+    scale: Literal["log", "linear"] = Field("log", description="in which steps are alike")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description="share of the forget set's rows that the search reads and `evaluate` leaves out"
+    )
+    budget: Annotated[int, Field(ge=1)] = Field(16, description="evaluations of the metric at most")
+    tolerance: Annotated[float, Field(ge=0)] = Field(0.01, description="how near the target is near enough")
+    method: str = Field("adaptive", description="search method")
+    parameters: dict[str, Any] = {}
+
+
 class Recipe(Table):
     """One experiment. Every command reads its own tables of it."""
 
@@ -129,6 +153,7 @@ class Recipe(Table):
     gate: GateTable = GateTable()
     tokens: TokensTable = TokensTable()
     corruption: CorruptionTable | None = None
+    optimize: OptimizeTable | None = None
     run: dict[str, RunTable] = {}
     evaluate: list[EvaluateTable] = []
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
@@ -153,6 +178,7 @@ OPEN: dict[str, tuple[str, Registry, type[Table]]] = {
     "gate": ("kind", gates, GateTable),
     "tokens": ("select", selectors, TokensTable),
     "corruption": ("method", corruptions, CorruptionTable),
+    "optimize": ("method", searches, OptimizeTable),
 }
 
 
@@ -278,7 +304,7 @@ def _plain(run: Run) -> dict[str, Any]:
 def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, or all that is wrong with it."""
     tables, problems = _bind_open_tables(raw)
-    problems += [*check_runs(raw), *check_benchmarks(raw)]
+    problems += [*check_runs(raw), *check_benchmarks(raw), *check_optimize(raw)]
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
@@ -291,7 +317,7 @@ def _bind_open_tables(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     tables = dict(raw)
     problems: list[str] = []
     for name in OPEN:
-        if name in raw or name != "corruption":
+        if name in raw or name in ("gate", "tokens"):
             tables[name], found = _bind(name, name, raw.get(name, {}))
             problems += found
     if isinstance(raw.get("run"), dict):
