@@ -23,7 +23,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ecoprompt
-from ecoprompt import cli, recipe
+from ecoprompt import cli, recipe, terminal
 from ecoprompt import pack as pack_module
 from ecoprompt.cli import app
 
@@ -226,7 +226,7 @@ def test_a_reader_of_a_table_that_leaves_is_no_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
-        cli._console().print("a table")
+        terminal.console().print("a table")
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
@@ -249,7 +249,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
 
     def printed(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stdout", stream)
-        cli._console().print("[red]x[/red]")
+        terminal.console().print("[red]x[/red]")
         return stream.getvalue()
 
     assert printed(Screen()) == "\x1b[31mx\x1b[0m\n"

@@ -171,7 +171,7 @@ class Benchmark(Named):
         """What a column is by chance, by the number of alternatives, if it is one of a forget set that says so."""
         subsets, keys = self.forget_columns().get(column, ([], []))
         metric = self.subsets[subsets[0]].metrics[keys[0]] if subsets and column not in self.aggregates else None
-        return metrics[metric].chance if metric else None  # type: ignore[no-any-return]
+        return metrics[metric].chance if metric else None
 
     @property
     def asks_model(self) -> bool:

@@ -134,6 +134,8 @@ def _settings(pack: Mapping[str, Any]) -> list[list[str]]:
     for part in ("tokens", "corruption"):
         table = pack.get(part, {})
         rows.append([part, ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) or "none yet"])
+    if "learned" in pack:
+        rows.append(["learned", "by `{search}`: {metric} {reached:.4g} for {target:.4g}".format(**pack["learned"])])
     return [*rows, ["seed", str(pack["seed"])]]
 
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
-import io
-import math
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from ecoprompt.terminal import console, drop_output, fail, message, number, print_json, progress_bar, show
+
 if TYPE_CHECKING:
     from types import FrameType
-
-    from rich.console import Console
-
-    from ecoprompt.registry import Progress
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -66,18 +61,18 @@ def _command(function: F) -> F:
             function(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept", 130)
+            fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
-            _drop_output()
+            drop_output()
             raise typer.Exit(0) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
-                _drop_output()
+                drop_output()
             if debug:
                 traceback.print_exc()
-            _fail(*_message(error))
+            fail(*message(error))
 
     # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
     import inspect
@@ -90,91 +85,6 @@ def _command(function: F) -> F:
     }
     app.command(name=function.__name__.replace("_", "-"))(translated)
     return function
-
-
-def _message(error: Exception) -> tuple[str, int]:
-    """What a user is told of an error, and the exit status."""
-    from ecoprompt.registry import EcopromptError
-
-    if isinstance(error, EcopromptError):
-        return str(error), error.exit_status
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return f"{place}{error.strerror} (--debug shows where)", 1
-    return f"{type(error).__name__}: {error} (--debug shows where)", 1
-
-
-def _drop_output() -> None:
-    """Let what is still to be printed go nowhere: nobody reads it, and the interpreter would complain at its end."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, status: int) -> None:
-    for line in message.splitlines() or [""]:
-        # A message may quote a stranger's file, which is not to move the cursor or to recolour the terminal.
-        print("ecoprompt:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr)
-    raise typer.Exit(status)
-
-
-def _console(stderr: bool = False) -> Console:
-    """Colours and control codes go to a terminal only, whatever FORCE_COLOR says."""
-    from rich.console import Console
-
-    class OurConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise  # noqa: PLE0704  (Rich calls it where it has caught the error, and would exit with status 1)
-
-    stream = sys.stderr if stderr else sys.stdout
-    return OurConsole(stderr=stderr, highlight=False, force_terminal=stream.isatty())
-
-
-def _show(*tables: Any) -> None:
-    """Tables on standard output; off a terminal a row is a line, however long, and nothing fills it up."""
-    console = _console()
-    if console.is_terminal:
-        console.print(*tables, sep="\n")
-        return
-    from rich.console import Console
-
-    for one in tables:
-        wide = Console(file=io.StringIO(), width=1000, highlight=False, force_terminal=False)
-        wide.print(one)
-        print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Progress with the time left on a terminal's stderr; nothing elsewhere."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = _console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-        shown = ""
-
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            if what != shown:
-                bar.reset(task, description=what, total=total, completed=done)
-                shown = what
-            bar.update(task, completed=done, total=total)
-
-        yield report
 
 
 def _version(wanted: bool) -> None:
@@ -192,23 +102,6 @@ def _main(
     ] = False,
 ) -> None:
     """Options of the program itself."""
-
-
-def _number(
-    option: str, kind: type[int] | type[float], least: int, most: float = 2**63 - 1
-) -> Callable[[Any], int | float]:
-    """A parser of an option's number, from `least` to `most`."""
-
-    def parse(text: Any) -> int | float:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if math.isfinite(value) and least <= value <= most:
-                return value
-        what = "a whole number" if kind is int else "a number"
-        bound = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
-        raise typer.BadParameter(f"found '{text}', expected {what} {bound}", param_hint=f"'{option}'")
-
-    return parse
 
 
 @_command
@@ -230,17 +123,54 @@ def train_classifier(
     if dry_run:
         _print_plan(loaded, json)
         return
-    with _progress() as progress:
+    with progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
     from ecoprompt.results import gate_report
     from ecoprompt.tables import gate_table
 
     if json:
         measured = gate_report(trained.measured)
-        _print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
+        print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
         return
-    _show(gate_table(trained.measured, trained.threshold))
+    show(gate_table(trained.measured, trained.threshold))
     print(folder)
+
+
+@_command
+def optimize(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: OutputOption = RESULTS,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the search to DIR/<recipe>/optimize.png.")] = False,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Search for the strength or the dims of a recipe's corruption.
+
+    The metric that [optimize] names is brought to its target on a held-out part of the forget set, and what is found
+    is written into the forget pack. Started again after an interruption, it goes on where it was.
+    """
+    from ecoprompt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    from ecoprompt.optimize import draw, optimize, search_of
+
+    search_of(loaded)
+    if dry_run:
+        _print_plan(loaded, json)
+        return
+    with progress_bar() as progress:
+        learned = optimize(loaded, output, progress)
+    drawn = draw(loaded, learned, output) if plot else None
+    if json:
+        print_json(learned.document())
+        return
+    from ecoprompt.tables import search_table
+
+    show(search_table(learned.found.evaluations, learned.found.best, learned.about["metric"], learned.about["target"]))
+    for name, value in learned.corruption.items():
+        print(f"{name} = {value}")
+    print(f"written: {', '.join(map(str, filter(None, [learned.pack, drawn])))}", file=sys.stderr)
 
 
 @_command
@@ -265,17 +195,19 @@ def evaluate(
         runs_of(loaded)
         _print_plan(loaded, json)
         return
-    with _progress() as progress:
+    with progress_bar() as progress:
         found = evaluate(loaded, output, progress)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     if json:
-        _print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
+        print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
         return
     from ecoprompt.tables import grid_tables, side_by_side, table
 
     prompts, targets, answers = found.samples()
-    _show(table(found.summary), *grid_tables(found.summary))
+    show(table(found.summary), *grid_tables(found.summary))
     if prompts:
-        _show(side_by_side(prompts, answers, targets))
+        show(side_by_side(prompts, answers, targets))
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
 
 
@@ -294,7 +226,7 @@ def chat(
         typer.Option(
             "--max-new-tokens",
             metavar="N",
-            parser=_number("--max-new-tokens", int, 1),
+            parser=number("--max-new-tokens", int, 1),
             help="The most tokens of an answer.",
         ),
     ] = 200,
@@ -303,12 +235,12 @@ def chat(
         typer.Option(
             "--temperature",
             metavar="T",
-            parser=_number("--temperature", float, 0, 100),
+            parser=number("--temperature", float, 0, 100),
             help="0: the likeliest answer; above: sampled, the wilder the higher.",
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", parser=_number("--seed", int, 0, 2**32), help="Seed of sampling.")
+        int, typer.Option("--seed", metavar="N", parser=number("--seed", int, 0, 2**32), help="Seed of sampling.")
     ] = 0,
     show_gate: Annotated[bool, typer.Option("--show-gate", help="Show the gate's score of each prompt.")] = False,
     jsonl: Annotated[
@@ -326,7 +258,7 @@ def chat(
 
     settings = parse_model({"name": model, "dtype": dtype})
     locate(model)
-    with _progress() as progress:
+    with progress_bar() as progress:
         spec = load_forget(forget, progress) if forget is not None else None
         progress("loading the model", 0, 1)
         loaded = load_model(settings)
@@ -336,16 +268,10 @@ def chat(
         if sys.stdin.isatty() and sys.stdout.isatty() and not jsonl:
             import readline  # noqa: F401  (line editing and recall in input())
 
-            converse(session, _console(), functools.partial(input, "> "), show_gate)
+            converse(session, console(), functools.partial(input, "> "), show_gate)
         else:
             sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
             pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
-
-
-def _print_json(document: Any) -> None:
-    from ecoprompt.results import to_json
-
-    print(to_json(document))
 
 
 def _print_plan(recipe: Any, json: bool) -> None:
@@ -354,7 +280,7 @@ def _print_plan(recipe: Any, json: bool) -> None:
 
     planned = plan(recipe)
     if json:
-        _print_json(planned)
+        print_json(planned)
         return
     import tomli_w
 
@@ -387,6 +313,6 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # what --help prints may have nowhere to go, too
-        _drop_output()
-        print(f"ecoprompt: {_message(error)[0]}", file=sys.stderr)
+        drop_output()
+        print(f"ecoprompt: {message(error)[0]}", file=sys.stderr)
         sys.exit(1)

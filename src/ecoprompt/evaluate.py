@@ -146,9 +146,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
         counts = benchmark.dry_rows(forget_set, root)
-        for name, count in list(counts.items()) if recipe.optimize else ():
+        held_out = recipe.optimize.held_out if recipe.optimize else 0.0
+        for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
-                counts[name] = count - round(recipe.optimize.held_out * count)
+                counts[name] = count - round(held_out * count)
         rows[benchmark.name] = {name: _at_most(count, _limit(table, name)) for name, count in counts.items()}
     if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
         root = Path(recipe.data.root) if recipe.data.root else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
-from ecoprompt.results import Store
+from ecoprompt.results import Store, to_png, write_bytes_atomic
 from ecoprompt.zeroth import Found, Measured, Space, minimise
 
 STRENGTHS = (0.01, 1000.0)
@@ -33,6 +33,11 @@ class Learned:
     found: Found
     pack: Path
 
+    def document(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        made = [asdict(one) for one in self.found.evaluations]
+        return {"pack": self.pack, "corruption": self.corruption, **self.about, "trace": made}
+
 
 def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Learned:
     """Search as [optimize] says, and write the corruption that is found into the recipe's forget pack.
@@ -40,9 +45,7 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     The metric is read on the rows of the forget set that are held out, which `evaluate` leaves out. A search that was
     killed goes on where it was.
     """
-    table, corruption = recipe.optimize, recipe.corruption
-    if table is None or corruption is None:
-        raise InputError(f"{recipe.name}: there is nothing to search for: the recipe has no [optimize]")
+    table, corruption = search_of(recipe)
     retain = _retain_model(recipe, table)
     for model in (recipe.model, retain):  # before any work: a wrong name is not to be found out an hour later
         if model is not None:
@@ -79,6 +82,13 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
         "digest": searched,
     }
     return Learned(learned, about, found, save_learned(recipe, trained, learned, about, output))
+
+
+def search_of(recipe: Recipe) -> tuple[OptimizeTable, CorruptionTable]:
+    """What is searched for and where it starts; raises InputError for a recipe without a search."""
+    if recipe.optimize is None or recipe.corruption is None:
+        raise InputError(f"{recipe.name}: there is nothing to search for: the recipe has no [optimize]")
+    return recipe.optimize, recipe.corruption
 
 
 def _retain_model(recipe: Recipe, table: OptimizeTable) -> ModelTable | None:
@@ -176,3 +186,36 @@ class Objective:
         if found is None:
             raise InputError(f"'optimize.metric': '{name}' needs [run.retain] or [optimize] surrogate to compare with")
         return float(found)
+
+
+def draw(recipe: Recipe, learned: Learned, output: Path = OUTPUT) -> Path:
+    """The file that is written: a picture of the distance from the target over the parameter, with the search's path.
+
+    Of a vector, its geometric mean stands for it. Raises InputError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'ecoprompt[plot]'") from None
+    table, _ = search_of(recipe)
+    made = learned.found.evaluations
+    values = [float(np.exp(np.log(one.parameter).mean())) for one in made]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    order = sorted(range(len(made)), key=lambda place: values[place])
+    axes.plot([values[k] for k in order], [made[k].objective for k in order], "-", color="tab:blue", alpha=0.4)
+    axes.scatter(values, [one.objective for one in made], c=range(len(made)), cmap="viridis", zorder=3)
+    for place, one in enumerate(made):
+        axes.annotate(
+            str(one.number), (values[place], one.objective), textcoords="offset points", xytext=(4, 4), size=8
+        )
+    best = made.index(learned.found.best)
+    axes.plot(values[best], made[best].objective, "o", mfc="none", mec="tab:red", ms=12, label=f"{values[best]:.4g}")
+    axes.set_xscale(table.scale)
+    axes.set_xlabel(f"{learned.corruption['method']}: {table.parameter}", parse_math=False)
+    axes.set_ylabel(f"distance of {table.metric} from {learned.about['target']:.4g}", parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = output / recipe.name / "optimize.png"
+    write_bytes_atomic(path, to_png(figure))
+    return path

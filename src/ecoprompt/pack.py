@@ -102,9 +102,10 @@ def obtain_gate(
 
 
 def searched_by(recipe: Recipe) -> str:
-    """A digest of all that determines which corruption a search finds, but for the data and the models' files."""
-    parts = ("optimize", "corruption", "tokens", "gate", "model", "data", "run", "evaluate", "seed")
-    return digest({name: value for name, value in recipe.document().items() if name in parts})
+    """A digest of all that determines which corruption a search finds, but for what lies in data and models' files."""
+    tables = recipe.document()
+    parts = [tables.get(name) for name in ("optimize", "corruption", "tokens", "gate", "model", "evaluate", "seed")]
+    return digest(*parts, tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain"))
 
 
 def save_learned(

@@ -10,6 +10,8 @@ from ecoprompt.results import chosen_columns, gate_cells, grids_of, heading_of, 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ecoprompt.zeroth import Evaluation
+
 
 def table(summary: Mapping[str, Any], columns: Sequence[str] | None = None) -> Table:
     """The runs as rows and the chosen metrics (default: `summary["columns"]`) as columns, for the terminal."""
@@ -94,4 +96,23 @@ def _grid_table(title: str, cells: Sequence[Sequence[str]]) -> Table:
         shown.add_column(Text(heading.replace(" ", "\n")), justify="right" if column else "left", no_wrap=True)
     for row in cells[1:]:
         shown.add_row(*map(Text, row))
+    return shown
+
+
+def search_table(evaluations: Sequence[Evaluation], best: Evaluation, metric: str, target: float) -> Table:
+    """The evaluations of a search in their order, the best one marked, for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.caption, shown.caption_justify = (
+        f"target of {metric.replace('_', ' ')}: {number(target)}; * the nearest",
+        "left",
+    )
+    for name in ("evaluation", "parameter", metric.replace("_", " "), "distance", "seconds"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for one in evaluations:
+        values = " ".join(f"{value:.4g}" for value in one.parameter[:4]) + (" …" if len(one.parameter) > 4 else "")
+        mark = f"{'* ' if one == best else ''}{one.number}"
+        shown.add_row(mark, values, number(one.metric), number(one.objective), f"{one.seconds:.1f}")
     return shown

@@ -1,0 +1,128 @@
+"""What commands print with: tables, progress and messages, each where a pipe or a terminal expects it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ecoprompt.registry import Progress
+
+
+def message(error: Exception) -> tuple[str, int]:
+    """What a user is told of an error, and the exit status."""
+    from ecoprompt.registry import EcopromptError
+
+    if isinstance(error, EcopromptError):
+        return str(error), error.exit_status
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{place}{error.strerror} (--debug shows where)", 1
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def drop_output() -> None:
+    """Let what is still to be printed go nowhere: nobody reads it, and the interpreter would complain at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(told: str, status: int) -> NoReturn:
+    """Print an error on stderr and end with an exit status."""
+    for line in told.splitlines() or [""]:
+        # A message may quote a stranger's file, which is not to move the cursor or to recolour the terminal.
+        print("ecoprompt:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def console(stderr: bool = False) -> Console:
+    """Colours and control codes go to a terminal only, whatever FORCE_COLOR says."""
+    from rich.console import Console
+
+    class OurConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  (Rich calls it where it has caught the error, and would exit with status 1)
+
+    stream = sys.stderr if stderr else sys.stdout
+    return OurConsole(stderr=stderr, highlight=False, force_terminal=stream.isatty())
+
+
+def show(*tables: Any) -> None:
+    """Tables on standard output; off a terminal a row is a line, however long, and nothing fills it up."""
+    here = console()
+    if here.is_terminal:
+        here.print(*tables, sep="\n")
+        return
+    from rich.console import Console
+
+    for one in tables:
+        wide = Console(file=io.StringIO(), width=1000, highlight=False, force_terminal=False)
+        wide.print(one)
+        print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Progress with the time left on a terminal's stderr; nothing elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    here = console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=here, transient=True, disable=not here.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        shown = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if what != shown:
+                bar.reset(task, description=what, total=total, completed=done)
+                shown = what
+            bar.update(task, completed=done, total=total)
+
+        yield report
+
+
+def number(
+    option: str, kind: type[int] | type[float], least: int, most: float = 2**63 - 1
+) -> Callable[[Any], int | float]:
+    """A parser of an option's number, from `least` to `most`."""
+
+    def parse(text: Any) -> int | float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and least <= value <= most:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        bound = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        raise typer.BadParameter(f"found '{text}', expected {what} {bound}", param_hint=f"'{option}'")
+
+    return parse
+
+
+def print_json(document: Any) -> None:
+    """One document on standard output."""
+    from ecoprompt.results import to_json
+
+    print(to_json(document))
