@@ -22,6 +22,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/bench/tofu_mini.py
 	$(BIN)/python tests/bench/gate.py
+	$(BIN)/python tests/bench/zeroth.py
 
 clean:
 	rm -rf .venv results

@@ -19,6 +19,7 @@ ORDER = (
         "registry",
         "files",
         "zeroth",
+        "searches",
         "template",
         "sweep",
         "checks",
