@@ -7,16 +7,20 @@ import math
 import pytest
 import torch
 
+from ecoprompt.corruption import dimensions
 from ecoprompt.registry import InputError, corruptions
 
 ROWS = torch.tensor([[1.0, -5.0, 3.0, 2.0], [-2.0, 0.5, -1.0, 4.0], [0.25, 6.0, -7.0, -0.5]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WITH_DIMS = [name for name in corruptions if "dims" in corruptions.schema(name).model_fields]
 
 
 def apply(method, embeddings, seed=0, **parameters):
-    """A corruption as a recipe would have it: bound to its schema, with a generator of its own."""
+    """A corruption as a recipe would have it: bound to its schema, with a generator and whole dimensions of its own."""
     known = corruptions.schema(method).model_fields
     bound = corruptions.bind(method, {key: value for key, value in parameters.items() if key in known})
+    if "dims" in bound:
+        bound["dims"] = dimensions(bound["dims"], embeddings.shape[1])
     return corruptions[method](embeddings, torch.Generator().manual_seed(seed), **bound)
 
 
@@ -27,7 +31,7 @@ def embeddings(n=6, size=32, dtype=torch.float32, seed=1):
 @pytest.mark.parametrize("method", corruptions)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 2, 40])
-@pytest.mark.parametrize("dims", [1, 7, 32])
+@pytest.mark.parametrize("dims", [1, 7, 32, "0.1%", "30%", "100%"])
 def test_conformance(method, dtype, n, dims):
     given = embeddings(n, dtype=dtype)
     before = given.clone()
@@ -57,7 +61,54 @@ def test_a_huge_strength_stays_finite(method, dtype):
     assert apply(method, given, dims=32, strength=3e38).isfinite().all()
 
 
-@pytest.mark.parametrize("method", [name for name in corruptions if "dims" in corruptions.schema(name).model_fields])
+@pytest.mark.parametrize("method", WITH_DIMS)
+@pytest.mark.parametrize(("share", "dims"), [("3%", 1), ("12.5%", 4), ("50%", 16), ("98%", 31), ("100%", 32)])
+def test_a_share_of_the_dimensions_does_what_that_many_do(method, share, dims):
+    given = embeddings(9)
+    parameters = {"strength": 3.0}
+    assert torch.equal(apply(method, given, dims=share, **parameters), apply(method, given, dims=dims, **parameters))
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "dims"),
+    [("12.5%", 2048, 256), ("12.5%", 4096, 512), ("100%", 4096, 4096), ("33.3%", 10, 3), ("0.001%", 32, 1), (5, 4, 5)],
+)
+def test_dims_are_counted_where_the_hidden_size_is_known(share, size, dims):
+    assert dimensions(share, size) == dims
+
+
+@pytest.mark.parametrize("method", WITH_DIMS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "0%",
+        "0.0%",
+        "100.1%",
+        "-5%",
+        "25",
+        "%",
+        "1e1%",
+        "٣%",
+        "25%\n",
+        " 25%",
+        "many",
+        "nan%",
+        "9" * 400 + "%",
+        True,
+        [1],
+    ],
+)
+def test_what_is_no_share_is_refused(method, wrong):
+    with pytest.raises(InputError, match="'dims': found .*, expected a whole number or a share such as '12.5%'"):
+        apply(method, embeddings(), dims=wrong, strength=1.0)
+
+
+def test_a_share_is_kept_in_one_form():
+    bound = [corruptions.bind("zero_out_top_k", {"dims": share})["dims"] for share in ("12.50 %", "012.5%", "12.5%")]
+    assert bound == ["12.5%"] * 3
+
+
+@pytest.mark.parametrize("method", WITH_DIMS)
 def test_exactly_dims_dimensions_of_each_token_are_touched(method):
     given = embeddings(9) + 0.01
     for dims in (1, 5, 32):

@@ -36,6 +36,7 @@ def no_gate(texts):
         ({"corruption": {"method": "rand_nois_first_n", "strength": 1.0}}, "did you mean 'rand_noise_first_n'?"),
         ({"corruption": {"method": "rand_noise_first_n"}}, "'corruption.strength': this key is needed"),
         ({"corruption": {**NOISE, "dims": 0}}, "'corruption.dims'"),
+        ({"corruption": {**NOISE, "dims": "110%"}}, "'corruption.dims': found '110%'"),
         ({"corruption": {**NOISE, "dim": 1}}, "did you mean 'dims'?"),
         ({"corruption": {**NOISE, "strength": math.nan}}, "'corruption.strength'"),
         ({"corruption": "rand_noise_first_n"}, "'corruption': found 'rand_noise_first_n', expected a table"),
@@ -114,6 +115,18 @@ def test_corrupt_copies_and_changes_its_positions_alone(tokenizer):
         assert torch.equal(after[-1], before[-1])
         assert (after[:-1, :2] != before[:-1, :2]).all()
         assert torch.equal(after[:, 2:], before[:, 2:])
+
+
+@pytest.mark.parametrize(("share", "dims"), [("25%", 2), ("1%", 1), ("100%", 8)])
+def test_a_share_of_the_hidden_size_is_that_many_of_its_dimensions(tokenizer, share, dims):
+    ids = tokenizer.encode("Who is Harry Potter?")
+    given = torch.randn(len(ids), 8)
+    corrupted = []
+    for asked in (share, dims):
+        spec = Forget(lambda texts: [1.0] * len(texts), {**NOISE, "dims": asked})
+        spec.check_hidden_size(8)
+        corrupted.append(spec.corrupt(given, *spec.decide(tokenizer, [ids])))
+    assert torch.equal(*corrupted)
 
 
 def test_more_dims_than_the_model_has_are_refused():
@@ -231,6 +244,7 @@ DAMAGE = {
     "no method": (edit(PACK, "method", "metho"), "'corruption.method': this key is needed"),
     "wrong method": (edit(PACK, "rand_noise_first_n", "rand_noise_frist_n"), "did you mean 'rand_noise_first_n'?"),
     "wrong parameter": (edit(PACK, "dims = 1", "dims = -1"), "'corruption.dims'"),
+    "no share": (edit(PACK, "dims = 1", 'dims = "1000%"'), "'corruption.dims'"),
     "corruption as text": (edit(PACK, "[corruption]", "corruption = 1\n[other]"), "corruption"),
     "wrong selector": (edit(PACK, 'select = "all"', 'select = "al"'), "did you mean 'all'?"),
     "wrong seed": (edit(PACK, "seed = 0", 'seed = "zero"'), "'seed': found 'zero'"),

@@ -236,6 +236,8 @@ PACKS = {
         "'tokens.model'",
     ),
     "a package as a spaCy model": (edit(PACK, 'select = "all"', SPACY), "'tokens.model'"),
+    "more than all of the dimensions": (edit(PACK, "dims = 1", f'dims = "{"9" * 10**6}%"'), "'corruption.dims'"),
+    "control codes in the dimensions": (edit(PACK, "dims = 1", 'dims = "\\u001b[2J25%"'), "'corruption.dims'"),
     "an infinite strength": (edit(PACK, "strength = 7.0", "strength = inf"), "'corruption.strength'"),
     "a threshold that is no number": (edit(PACK, "threshold = 0.5", "threshold = nan"), "'gate.threshold'"),
     "a thousand files": (many_files, "more than 1000 files"),

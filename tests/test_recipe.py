@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 import tomllib
 
 import pytest
@@ -11,9 +12,9 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ecoprompt.recipe import digest, find_recipe, load_recipe, parse_model, parse_recipe, resolve_runs, shipped
+from ecoprompt.recipe import OPEN, digest, find_recipe, load_recipe, parse_model, parse_recipe, resolve_runs, shipped
 from ecoprompt.registry import InputError
-from ecoprompt.sweep import parse_override
+from ecoprompt.sweep import NAMING, parse_override
 
 WHOLE = """
 seed = 3
@@ -449,7 +450,7 @@ def test_a_sweep_of_tables_and_a_sweep_of_one_value():
     raw = tables(sweep={"gate.threshold": [0.5, calibrated]})
     assert names_of(raw)[2:] == [
         "eco[gate.threshold=0.5]",
-        'eco[gate.threshold={"calibrate": "conformal", "false_positive_rate": 0.01}]',
+        "eco[gate.threshold=conformal false_positive_rate=0.01]",
     ]
     assert names_of(tables(sweep={"corruption.strength": [9]})) == ["retain", "original", "eco"]
     assert names_of(tables(sweep={"corruption.strength": [9, 9]})) == ["retain", "original", "eco"]
@@ -462,6 +463,135 @@ def test_a_value_that_is_swept_need_not_be_stated_elsewhere():
     raw = tables(sweep={"corruption": [{"method": "shuffle"}, {"method": "zero_out_top_k", "dims": 3}]})
     del raw["corruption"]
     assert len(names_of(raw)) == 4
+
+
+MIXED = [
+    {"method": "reverse_order"},
+    {"dims": "25%", "method": "zero_out_top_k"},
+    {"method": "rand_noise_top_k", "dims": 2, "strength": 5},
+]
+
+
+def test_a_sweep_over_whole_corruptions_mixes_methods_with_different_keys():
+    raw = tables(sweep={"corruption": MIXED})
+    recipe = parse_recipe(raw, "here")
+    runs = resolve_runs(recipe)
+    assert [run.name for run in runs] == [
+        "retain",
+        "original",
+        "eco[corruption=reverse_order]",
+        "eco[corruption=zero_out_top_k dims=25%]",
+        "eco[corruption=rand_noise_top_k dims=2 strength=5]",
+    ]
+    assert [(run.corruption.method, run.corruption.parameters) for run in runs[2:]] == [
+        ("reverse_order", {}),
+        ("zero_out_top_k", {"dims": "25%"}),
+        ("rand_noise_top_k", {"dims": 2, "strength": 5.0}),
+    ]
+    assert recipe.corruption.method == "rand_noise_first_n", "the table that is stated is not mixed with those swept"
+    assert recipe.corruption.parameters == {"dims": 1, "strength": 4.0}
+    assert names_of(recipe.document()) == [run.name for run in runs]
+    del raw["corruption"]
+    assert parse_recipe(raw, "here").corruption.method == "reverse_order"
+    assert names_of(raw) == [run.name for run in runs]
+
+
+def test_a_run_may_have_a_sweep_over_corruptions_of_its_own():
+    raw = tables(sweep={"run.own.corruption": MIXED})
+    raw["run"]["own"] = {"forget": True}
+    assert names_of(raw) == [
+        "retain",
+        "original",
+        "eco",
+        "own[run.own.corruption=reverse_order]",
+        "own[run.own.corruption=zero_out_top_k dims=25%]",
+        "own[run.own.corruption=rand_noise_top_k dims=2 strength=5]",
+    ]
+    raw["run"]["own"]["corruption"] = {"method": "add_value_least_k", "strength": 1}
+    own = parse_recipe(raw, "here").run["own"].corruption
+    assert (own.method, own.parameters) == ("add_value_least_k", {"dims": 1, "strength": 1.0})
+    assert len(names_of(raw)) == 6
+
+
+def test_a_table_may_be_swept_together_with_a_key_in_it():
+    """Whichever of them comes first in the recipe."""
+    whole = [{"method": "zero_out_top_k"}, {"method": "flip_sign_top_k"}]
+    for sweep in (
+        {"corruption": whole, "corruption.dims": [1, 2]},
+        {"corruption.dims": [1, 2], "corruption": whole},
+    ):
+        found = {
+            (run.corruption.method, run.corruption.parameters["dims"])
+            for run in resolve_runs(parse_recipe(tables(sweep=sweep), "here"))
+            if run.guarded
+        }
+        assert found == {(table["method"], dims) for table in whole for dims in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "name"),
+    [
+        ({"tokens": [{"select": "phrases", "names": ["A, B", "C"]}, {}]}, 'tokens=phrases names=["A\\u002c B" C]'),
+        ({"tokens": [{"select": "phrases", "names": ["A", "B C"]}, {}]}, 'tokens=phrases names=[A "B C"]'),
+        ({"tokens.names": [["A", "B"], ["C"]]}, "tokens.names=[A B]"),
+        ({"run.eco.prefix": ["You know, nothing", "x"]}, 'run.eco.prefix="You know\\u002c nothing"'),
+        ({"run.eco.prefix": ["You know nothing", "x"]}, "run.eco.prefix=You know nothing"),
+        ({"model": [{"name": "a/b", "dtype": "float16"}, {"name": "c"}]}, "model=a/b dtype=float16"),
+        ({"gate": [{"classifier": "a/b", "threshold": 0.9}, {}]}, "gate={classifier=a/b threshold=0.9}"),
+        (
+            {"gate": [{"threshold": {"calibrate": "conformal", "false_positive_rate": 0.1}, "kind": "linear"}, {}]},
+            "gate=linear threshold={conformal false_positive_rate=0.1}",
+        ),
+    ],
+)
+def test_a_swept_value_has_no_comma_in_a_runs_name(sweep, name):
+    assert f"eco[{name}]" in names_of(tables(sweep=sweep))
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"method": "shufle"}, "'sweep.corruption.1.method': there is no corruption 'shufle'; did you mean 'shuffle'?"),
+        ({"dims": 3}, "'sweep.corruption.1.method': this key is needed"),
+        ({"method": "zero_out_top_k"}, "'sweep.corruption.1.dims': this key is needed"),
+        ({"method": "zero_out_top_k", "dims": "0%"}, "'sweep.corruption.1.dims': found '0%', expected a whole number "),
+        ({"method": "shuffle", "dims": 3}, "'sweep.corruption.1.dims': corruption 'shuffle' has no key 'dims'; none "),
+        (5, "'sweep.corruption.1': found 5, expected a table"),
+        ("shuffle", "'sweep.corruption.1': found 'shuffle', expected a table"),
+    ],
+)
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_mistake_in_a_swept_table_names_its_entry(entry, sentence, stated):
+    raw = tables(sweep={"corruption": [{"method": "shuffle"}, entry, {"method": "reverse_order"}]})
+    if not stated:
+        del raw["corruption"]
+    (told,) = problems_of(raw)
+    assert told.startswith(sentence)
+    raw["sweep"]["corruption"] = [entry, entry]
+    assert [one.partition("': ")[0] for one in problems_of(raw)] == [
+        sentence.partition("': ")[0].replace(".1", f".{number}") for number in (0, 1)
+    ]
+    raw["sweep"] = {"run.eco.corruption": [{"method": "shuffle"}, entry]}
+    assert problems_of(raw)[-1].startswith(sentence.replace("sweep.", "sweep.run.eco."))
+
+
+def test_a_mistake_beside_a_swept_table_is_told_where_it_stands():
+    raw = tables(sweep={"corruption": [{"method": "zero_out_top_k"}], "corruption.dims": [0, 1]})
+    (told,) = problems_of(raw)
+    assert told.startswith("'corruption.dims': found 0, ")
+    raw = tables(corruption={"method": "shufle"}, sweep={"corruption": [{"method": "shuffle"}]}, seed=-1)
+    assert [one.partition("': ")[0] for one in problems_of(raw)] == ["'corruption.method", "'seed"]
+
+
+def test_what_names_a_function_names_a_table_too():
+    assert {choice for choice, _, _ in OPEN.values()} <= set(NAMING)
+
+
+def test_many_tables_are_swept_in_no_time():
+    raw = tables(sweep={"corruption": [{"method": "zero_out_top_k", "dims": dims} for dims in range(1, 201)]})
+    started = time.perf_counter()
+    assert len(names_of(raw)) == 202
+    assert time.perf_counter() - started < 1
 
 
 def test_a_sweep_over_functions_takes_the_defaults_of_each():

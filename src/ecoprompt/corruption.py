@@ -2,22 +2,45 @@
 
 Each takes `embeddings` [n, D] (n selected tokens, D hidden size) and a CPU `generator`, writes nothing in place, and
 returns [n, D] in the same dtype on the same device. The fourteen are those of the published code of ECO prompts
-(arXiv 2406.07933, section 3.3); `dims` counts embedding dimensions and may not exceed D.
+(arXiv 2406.07933, section 3.3); `dims` counts embedding dimensions and may not exceed D. A recipe may give `dims` as
+a share of D as well, which `dimensions` turns into a number before a function is called.
 """
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ecoprompt.registry import corruptions
+from ecoprompt.registry import corruptions, show
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-Dims = Annotated[int, Field(ge=1, description="how many embedding dimensions")]
+
+def _share(text: object) -> str:
+    """A share as it is written shortest, "12.50 %" as "12.5%"; raises ValueError for what is none."""
+    found = re.fullmatch(r"([0-9]{1,3}(\.[0-9]{1,12})?) ?%", text) if isinstance(text, str) else None
+    if found is None or not 0 < Decimal(found[1]) <= 100:
+        raise ValueError(f"found {show(text)}, expected a share such as '12.5%', above 0% and at most 100%")
+    return f"{Decimal(found[1]).normalize():f}%"
+
+
+if TYPE_CHECKING:
+    Dims = int  # what a function gets; below is what a recipe may say
+else:
+    Dims = Annotated[
+        Annotated[int, Field(ge=1)] | Annotated[str, BeforeValidator(_share)],
+        Field(description='how many embedding dimensions, or what share of all of them, as in `"12.5%"`'),
+    ]
 Strength = Annotated[float, Field(gt=0, allow_inf_nan=False, description="standard deviation, or the value")]
+
+
+def dimensions(dims: int | str, size: int) -> int:
+    """How many of `size` dimensions `dims` means: a share is rounded to a whole number, at least 1."""
+    return dims if isinstance(dims, int) else max(1, round(size * float(dims.removesuffix("%")) / 100))
 
 
 def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ecoprompt.corruption import dimensions
 from ecoprompt.models import to_text
 from ecoprompt.registry import InputError, UnguardedError, corruptions, selectors
 from ecoprompt.tokens import mask
@@ -235,6 +236,8 @@ class Forget:
         import torch
 
         parameters = {key: value for key, value in self.corruption.items() if key != "method"}
+        if "dims" in parameters:
+            parameters["dims"] = dimensions(parameters["dims"], embeddings.shape[1])
         method = corruptions[self.corruption["method"]]
         corrupted = embeddings.clone()
         for selection in decision.selections:
@@ -254,7 +257,7 @@ class Forget:
 
     def check_hidden_size(self, size: int) -> None:
         """Raises InputError if the corruption asks for more dimensions than the model has."""
-        if (dims := self.corruption.get("dims", 0)) > size:
+        if (dims := dimensions(self.corruption.get("dims", 0), size)) > size:
             raise InputError(f"'corruption.dims': found {dims}, expected at most the model's hidden size, {size}")
 
 

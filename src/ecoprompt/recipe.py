@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
 from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, searches, selectors
-from ecoprompt.sweep import check_sweep, key_path, merge, parse_override, points, set_key
+from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
 
 
 class Table(BaseModel):
@@ -237,15 +237,17 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """Check the plain tables of a recipe; `where` names their source in messages. All mistakes at once."""
     problems = check_sweep(raw)
-    written = dict(raw)
+    written, told = dict(raw), set[str]()
     if not problems:
         try:
-            tables = [table for _, table in points(raw)]
-            written = merge(tables[0], raw)  # what is only swept is not stated twice
-            problems = [problem for table in tables for problem in _validate(table)[1]]
+            checked = [(point, _validate(point.tables)[1]) for point in points(raw)]
+            problems = [point.place(problem) for point, found in checked for problem in found]
+            told = set(checked[0][1])
+            written = with_swept(raw)  # what is only swept is not stated twice
         except InputError as error:
             problems = list(error.problems)
     recipe, found = _validate(written)
+    found = [problem for problem in found if problem not in told]
     if recipe is None or problems or found:
         raise InputError(*(f"{where}: {problem}" for problem in dict.fromkeys([*found, *problems])))
     recipe._written = written
@@ -263,12 +265,12 @@ def parse_model(raw: Mapping[str, Any]) -> ModelTable:
 def resolve_runs(recipe: Recipe) -> list[Run]:
     """The runs of a recipe in order; one that a sweep changes is repeated and named `eco[corruption.strength=5]`."""
     swept: dict[str, list[tuple[dict[str, str], Run]]] = {name: [] for name in recipe.run}
-    for values, raw in points(recipe._written or recipe.document()):
-        point, problems = _validate(raw)
-        if point is None:
+    for point in points(recipe._written or recipe.document()):
+        chosen, problems = _validate(point.tables)
+        if chosen is None:
             raise InputError(*problems)
-        for name, table in point.run.items():
-            swept[name].append((values, _resolve(name, table, point)))
+        for name, table in chosen.run.items():
+            swept[name].append((point.labels, _resolve(name, table, chosen)))
     runs: dict[str, Run] = {}
     for name, found in swept.items():
         changing = [key for key in recipe.sweep if _changes(key, found)]

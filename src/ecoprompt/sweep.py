@@ -6,8 +6,10 @@ import copy
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ecoprompt.registry import InputError, nearest, show
@@ -15,16 +17,74 @@ from ecoprompt.registry import InputError, nearest, show
 MOST = 10_000
 """Combinations of a sweep: each is checked before any is run."""
 SWEPT = ("seed", "model", "gate", "tokens", "corruption", "run")
+NAMING = ("method", "kind", "select", "calibrate", "name")
+"""The key that says what a table is: in a run's name its value stands alone."""
+BARE = re.compile(r"[^\s,={}\[\]\"']+")
 
 
-def points(raw: Mapping[str, Any]) -> Iterable[tuple[dict[str, str], dict[str, Any]]]:
-    """Each combination of a sweep as (its values as text by key, the tables without the sweep); without one, one."""
+@dataclass(frozen=True)
+class Point:
+    """One combination of a sweep: its values in words by key, and the recipe's tables with them, without the sweep.
+
+    `places` gives, by the path of each key that is swept, where mistakes below it stand: in an entry of the sweep's
+    list, if the list is one of tables.
+    """
+
+    labels: dict[str, str]
+    tables: dict[str, Any]
+    places: dict[str, str]
+
+    def place(self, problem: str) -> str:
+        """A problem of `tables` under the key where the recipe has it."""
+        above = [path for path in self.places if problem.startswith((f"'{path}'", f"'{path}."))]
+        path = max(above, key=len, default=None)
+        return problem if path is None else f"'{self.places[path]}{problem[1 + len(path) :]}"
+
+
+def points(raw: Mapping[str, Any]) -> Iterable[Point]:
+    """Each combination of a sweep; without one, the tables as they are."""
     sweep = raw.get("sweep", {})
-    for values in itertools.product(*sweep.values()):
-        point = copy.deepcopy({key: value for key, value in raw.items() if key != "sweep"})
-        for key, value in zip(sweep, values, strict=True):
-            set_key(point, key_path(key), copy.deepcopy(value))
-        yield {key: _show(value) for key, value in zip(sweep, values, strict=True)}, point
+    rest = {key: value for key, value in raw.items() if key != "sweep"}
+    paths = _outermost_first(sweep)
+    of_tables = {key for key, values in sweep.items() if any(isinstance(value, dict) for value in values)}
+    of_tables |= {key for key, path in paths.items() if path[-1] in SWEPT and path != ["seed"]}
+    for numbers in itertools.product(*(range(len(values)) for values in sweep.values())):
+        chosen = dict(zip(sweep, numbers, strict=True))
+        tables = copy.deepcopy(rest)
+        for key, path in paths.items():
+            set_key(tables, path, copy.deepcopy(sweep[key][chosen[key]]))
+        places = {
+            ".".join(path): f"sweep.{key}.{chosen[key]}" if key in of_tables else ".".join(path)
+            for key, path in paths.items()
+        }
+        yield Point({key: _words(sweep[key][number], inside=False) for key, number in chosen.items()}, tables, places)
+
+
+def with_swept(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with the first value of each swept key that they do not state themselves."""
+    tables = copy.deepcopy(dict(raw))
+    for key, path in _outermost_first(raw.get("sweep", {})).items():
+        set_key(tables, path, copy.deepcopy(raw["sweep"][key][0]), keep=True)
+    return tables
+
+
+def _outermost_first(sweep: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The paths of a sweep's keys, a table before the keys in it, so that both may be swept."""
+    return dict(sorted(((key, key_path(key)) for key in sweep), key=lambda pair: len(pair[1])))
+
+
+def _words(value: Any, inside: bool = True) -> str:
+    """A swept value in a run's name, without a comma, as commas part the values there."""
+    if isinstance(value, dict):
+        naming = next((key for key in NAMING if isinstance(value.get(key), str)), None)
+        parts = [_words(value[naming])] if naming else []
+        parts += [f"{key}={_words(inner)}" for key, inner in value.items() if key != naming]
+        return " ".join(parts) if naming and not inside else f"{{{' '.join(parts)}}}"
+    if isinstance(value, list):
+        return f"[{' '.join(map(_words, value))}]"
+    if isinstance(value, str) and (BARE.fullmatch(value) if inside else "," not in value):
+        return value
+    return json.dumps(value, default=str).replace(",", "\\u002c")
 
 
 def check_sweep(raw: Mapping[str, Any]) -> list[str]:
@@ -46,17 +106,6 @@ def check_sweep(raw: Mapping[str, Any]) -> list[str]:
     if count > MOST:
         problems.append(f"'sweep': found {count} combinations, expected {MOST} at most")
     return problems
-
-
-def merge(under: Any, over: Any) -> Any:
-    """Tables with the keys of both, those of `over` before those of `under`."""
-    if not isinstance(under, dict) or not isinstance(over, Mapping):
-        return over
-    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
-
-
-def _show(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
@@ -88,14 +137,14 @@ def key_path(key: str) -> list[str]:
     return path
 
 
-def set_key(raw: Any, path: Sequence[str], value: Any, above: str = "") -> None:
-    """Set the key at `path`, in every entry where a list of tables lies on the way."""
+def set_key(raw: Any, path: Sequence[str], value: Any, above: str = "", keep: bool = False) -> None:
+    """Set the key at `path`, in every entry where a list of tables lies on the way; `keep` leaves one that is there."""
     if isinstance(raw, list):
         for entry in raw:
-            set_key(entry, path, value, above)
+            set_key(entry, path, value, above, keep)
     elif not isinstance(raw, dict):
         raise InputError(f"'{above}{'.'.join(path)}': cannot be set, as '{above[:-1]}' is {show(raw)} and not a table")
     elif len(path) == 1:
-        raw[path[0]] = value
+        raw[path[0]] = raw.get(path[0], value) if keep else value
     else:
-        set_key(raw.setdefault(path[0], {}), path[1:], value, f"{above}{path[0]}.")
+        set_key(raw.setdefault(path[0], {}), path[1:], value, f"{above}{path[0]}.", keep)
