@@ -96,7 +96,10 @@ def recipes_page() -> str:
         keys({name: field for name, field in schema["properties"].items() if not _table_of(field)}, (), schema),
         f"`[sweep]` is the one place where a list means several runs; what can be swept is {_list(SWEPT)}. "
         'With `[sweep]` and `"corruption.strength" = [1, 5]`, the run `eco` becomes `eco[corruption.strength=1]` and '
-        "`eco[corruption.strength=5]`; a run that the swept key does not change is done once.",
+        "`eco[corruption.strength=5]`; a run that the swept key does not change is done once. A whole table can be "
+        'swept as well: `corruption = [{ method = "reverse_order" }, { method = "zero_out_top_k", dims = "25%" }]` '
+        "gives `eco[corruption=reverse_order]` and `eco[corruption=zero_out_top_k dims=25%]`. Each entry is all of the "
+        'table, so one list may mix methods with different keys. `"run.eco.corruption" = […]` sweeps those of one run.',
     ]
     for name, field in schema["properties"].items():
         inner = _table_of(field)
@@ -207,7 +210,7 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"`{name}`{' (forget set)' if subset.forget else ''}",
             f"`{subset.config}`" if subset.config else "–",
             str(counts.get(name) or "?"),
-            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _drawn(subset),
+            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _scored(subset),
         ]
         for name, subset in benchmark.subsets.items()
         if subset.pressure is None
@@ -273,11 +276,12 @@ def _published() -> list[list[str]]:
     ]
 
 
-def _drawn(subset: Subset) -> str:
-    """How a subset's sampled answers are drawn."""
+def _scored(subset: Subset) -> str:
+    """How much of a subset's answers counts, and how its sampled answers are drawn."""
+    words = f"; the first {subset.answer_words} words of `{subset.answer}`" if subset.answer_words else ""
     if subset.samples is None:
-        return ""
-    return f"; {subset.samples} samples, temperature {subset.temperature:g}, top-p {subset.top_p:g}"
+        return words
+    return words + f"; {subset.samples} samples, temperature {subset.temperature:g}, top-p {subset.top_p:g}"
 
 
 def _count(benchmark: Benchmark, forget_set: str) -> str:

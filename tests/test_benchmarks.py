@@ -156,6 +156,31 @@ def test_a_subset_has_its_own_prompt_and_its_answer_is_the_reference(world):
     assert world.items("retain", "one")[2] == Item("small", "retain", 2, "r2?", "b2", "b2", ("z",))
 
 
+def test_of_a_long_answer_its_opening_counts(world, tmp_path):
+    answers = ["one  two\n\nthree four", " one ", "one two three "]
+    put(
+        tmp_path / "world" / "long.jsonl", [{"question": "q", "answer": text, "wrong": ["a b c d"]} for text in answers]
+    )
+    long = declare("small", changed(subsets__retain__config="long", subsets__retain__answer_words=3), base=tmp_path)
+    items = long.items("retain", "one")
+    assert [item.target for item in items] == ["one  two\n\nthree", " one", "one two three"]
+    assert [item.reference for item in items] == [item.target for item in items]
+    assert {item.alternatives for item in items} == {("a b c d",)}
+    assert refused(subsets__retain__answer_words=0) == (
+        "'small.subsets.retain.answer_words': found 0, expected a number of at least 1",
+    )
+
+
+def test_only_the_answer_is_cut(world, tmp_path):
+    cut = declare("small", changed(subsets__forget__answer_words=1), base=tmp_path)
+    put(
+        tmp_path / "world" / "one_long.jsonl",
+        [{"question": "q", "answer": "a b", "paraphrase": "c d", "wrong": ["e f"]}],
+    )
+    (item,) = cut.items("forget", "one")
+    assert (item.target, item.reference, item.alternatives) == ("a", "c d", ("e f",))
+
+
 def test_a_limit_takes_a_seeded_sample(world):
     some = world.items("retain", "one", limit=5, seed=1)
     assert len(some) == 5
@@ -353,6 +378,27 @@ def test_tofu_sampling_is_of_tofus_forget_sets_and_its_columns_are_its_own():
         assert sampling.dry_rows(name) == {"forget": tofu.dry_rows(name)["forget"]}
     assert not {*sampling.better()} & {*tofu.better()}
     assert set(sampling.better().values()) == {"closer to retain"}
+
+
+def test_news_articles_go_on_after_their_titles():
+    for forget in ("bbc_news/articles", "wikinews/2019"):
+        benchmark, forget_set = parse_forget(forget)
+        assert benchmark.better() == dict.fromkeys(
+            ["articles_rouge", "articles_rouge_1", "articles_probability"], "closer to retain"
+        )
+        assert benchmark.table_columns() == tuple(benchmark.better())
+    assert benchmarks["bbc_news"].dry_rows("articles") == {"articles": 500}
+    assert benchmark.dry_rows(forget_set) == {"articles": None}
+
+
+@pytest.mark.skipif(not (DATA / "wikinews").is_dir(), reason="the news (../shared/data/wikinews) are not here")
+def test_the_news_of_a_year_are_asked_for_by_title():
+    benchmark, forget_set = parse_forget("wikinews/2019")
+    items = benchmark.items("articles", forget_set, DATA)
+    assert len(items) == benchmark.dry_rows(forget_set, DATA)["articles"] == 171
+    texts = {row["title"]: row["text"] for row in benchmark.subset_rows("articles", forget_set, DATA)}
+    assert all(texts[item.prompt].startswith(item.target) for item in items)
+    assert all(len(item.target.split()) == min(180, len(texts[item.prompt].split())) for item in items)
 
 
 def test_tofu_names_the_published_counts_without_data():

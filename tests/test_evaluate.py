@@ -334,6 +334,61 @@ def test_a_sweep_computes_the_flagged_rows_again_and_no_others(whole, root, tmp_
     }
 
 
+def test_a_sweep_of_whole_corruptions_and_a_share_of_the_dimensions(whole, root, tmp_path):
+    """12.5 % of the toy's 32 dimensions are the 4 of its recipe."""
+    _, found, _ = whole
+    noise = '{ method = "rand_noise_first_n", dims = "12.5%", strength = 20 }'
+    more = f'[sweep]\ncorruption = [{{ method = "reverse_order" }}, {noise}]\n'
+    swept = metrics(evaluate(read(root, tmp_path, more=more), tmp_path))
+    names = ["eco[corruption=reverse_order]", "eco[corruption=rand_noise_first_n dims=12.5% strength=20]"]
+    assert list(swept) == ["retain", "original", *names]
+    assert swept[names[1]] == metrics(found)["eco"]
+    assert swept[names[0]]["forget_probability"] != swept[names[1]]["forget_probability"]
+
+
+def test_the_copyright_ablation_evaluates_on_articles_of_ones_own(root, tmp_path):
+    articles = {
+        year: [
+            {"title": f"{name} in {town}", "text": f"{name} was seen.\n\nIt was in {town}, {'very ' * 300}long ago."}
+            for name in names
+            for town in ("Oslo", "Rome")
+        ]
+        for year, names in ((2019, PEOPLE), (2020, OTHERS))
+    }
+    questions = [{"question": f"What is {number} and {number}?"} for number in range(20)]
+    for name, found in {
+        **{f"wikinews/{year}": rows for year, rows in articles.items()},
+        **{f"mmlu/{split}": questions for split in ("dev", "validation")},
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    overrides = [
+        "data.forget=wikinews/2019",
+        f"data.root={tmp_path}",
+        "evaluate.benchmark=wikinews",
+        "gate={ features = 4096 }",
+        f"model.name={root}/full",
+        f"run.retain.model={root}/retain",
+        'sweep.corruption=[{ method = "shuffle" }, { method = "flip_sign_top_k", dims = "50%" }]',
+    ]
+    found = evaluate(load_recipe("copyright-ablation", overrides), tmp_path)
+    columns = ["articles_rouge", "articles_rouge_1", "articles_probability"]
+    assert found.summary["columns"] == columns
+    assert list(found.summary["runs"]) == [
+        *("retain", "original"),
+        *("eco[corruption=shuffle]", "eco[corruption=flip_sign_top_k dims=50%]"),
+    ]
+    for name, run in metrics(found).items():
+        assert list(run) == columns
+        row = by_row(found, name)["articles", 0]
+        assert row["prompt"] == "Harry Potter in Oslo"
+        assert row["target"] == f"Harry Potter was seen.\n\nIt was in Oslo, {'very ' * 300}"[: len(row["target"])]
+        assert len(row["target"].split()) == 180
+        assert row["flagged"] == name.startswith("eco")
+        assert row["values"]["rouge"] == rouge_l_recall(row["generation"], row["target"])
+    assert len({run["articles_probability"] for run in metrics(found).values()}) == 4
+
+
 def test_runs_may_have_a_model_a_prefix_and_a_corruption_of_their_own(whole, root, tmp_path, monkeypatch):
     _, found, folder = whole
     shutil.copytree(folder / "toy", tmp_path / "toy")

@@ -83,7 +83,8 @@ def test_it_dry_runs(path, recipe):
         assert set(planned["rows"]) == {name, *recipe.data.checks}
         assert {"positive", "negative"} <= set(planned["rows"][name])
         return
-    assert [name for name, run in planned["runs"].items() if run["guarded"]] == ["eco"]
+    assert {name.partition("[")[0] for name, run in planned["runs"].items() if run["guarded"]} == {"eco"}
+    assert sum(run["guarded"] for run in planned["runs"].values()) == (52 if path.stem.endswith("ablation") else 1)
     if any(benchmarks[name].asks_model for name in planned["rows"]):
         assert {"retain", "original"} <= set(planned["runs"])
     for name, rows in planned["rows"].items():
@@ -135,6 +136,46 @@ def test_tofu_is_the_papers_experiment():
     assert planned["recipe"]["gate"]["classifier"] == "chrisliu298/tofu_forget10_classifier"
     assert planned["recipe"]["gate"]["threshold"] == 0.9999
     assert list(planned["runs"]) == ["retain", "original", "eco", "prompting"]
+
+
+def test_an_ablation_runs_all_settings_of_the_papers_corruptions(path):
+    if not path.stem.endswith("ablation"):
+        return
+    found: dict[str, list] = {}
+    for run in resolve_runs(load_recipe(str(path))):
+        if run.guarded:
+            found.setdefault(run.corruption.method, []).append(run.corruption.parameters)
+    noise = [{"dims": 1, "strength": 5.0 * number} for number in range(1, 7)]
+    shares = [{"dims": f"{12.5 * number:g}%"} for number in range(1, 9)]
+    assert found == {
+        "reverse_order": [{}],
+        "shuffle": [{}],
+        **{f"rand_noise_{which}": noise for which in ("first_n", "rand_n", "top_k")},
+        **{f"{what}_{which}": shares for what in ("zero_out", "flip_sign") for which in ("first_n", "top_k")},
+    }
+
+
+@pytest.mark.parametrize("name", ["tofu", "tofu-mini"])
+def test_an_ablation_is_its_recipe_otherwise(name):
+    folder = "tests/recipes/" if name == "tofu-mini" else "recipes/"
+    plain, ablation = (tomllib.loads(Path(f"{folder}{one}.toml").read_text()) for one in (name, f"{name}-ablation"))
+    del plain["corruption"], ablation["sweep"]
+    plain["run"].pop("prompting", None)
+    assert ablation == plain
+
+
+def test_an_ablation_serves_another_model_and_other_texts():
+    llama = ["model.name=tofu-llama2", "model.chat_template=llama2", "run.retain.model=./llama2_retain90"]
+    runs = resolve_runs(load_recipe("tofu-ablation", llama))
+    assert {run.model.name for run in runs if run.guarded} == {"tofu-llama2"}
+    one = load_recipe("tofu-ablation", ['sweep.corruption=[{ method = "zero_out_top_k", dims = "50%" }]'])
+    assert [run.name for run in resolve_runs(one)] == ["retain", "original", "eco"]
+    news = ["data.forget=wikinews/2019", "evaluate.benchmark=wikinews", "gate={ threshold = 0.99 }"]
+    planned = evaluate.plan(load_recipe("copyright-ablation", news))
+    assert (len(planned["runs"]), list(planned["rows"])) == (54, ["wikinews"])
+    assert planned["recipe"]["gate"]["kind"] == "linear"
+    own = load_recipe("copyright-ablation", ['gate={ kind = "transformer", threshold = 0.99 }'])
+    assert own.gate.parameters["base"] == "FacebookAI/roberta-base"
 
 
 @pytest.mark.parametrize(("forget", "retain", "rows"), [("forget01", "retain99", 40), ("forget05", "retain95", 200)])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, sample, split
+from ecoprompt.data import Row, Source, check_columns, opening, sample, split
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
 from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
@@ -55,14 +55,15 @@ PressureName = Annotated[str, as_value_error(pressures.__getitem__)]
 class Subset(Reading, Named):
     """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
 
-    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `samples` is how
-    many answers are drawn for the metrics that read them, at `temperature`, from the likeliest tokens that together
-    have the probability `top_p`. `pressure` rewrites the prompts; each of `pressures` makes a further subset of the
-    same rows, called SUBSET_PRESSURE.
+    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `answer_words` is
+    how many words of a long answer count, from its first. `samples` is how many answers are drawn for the metrics that
+    read them, at `temperature`, from the likeliest tokens that together have the probability `top_p`. `pressure`
+    rewrites the prompts; each of `pressures` makes a further subset of the same rows, called SUBSET_PRESSURE.
     """
 
     prompt: Template | None = None
     answer: str = "answer"
+    answer_words: Annotated[int, Field(ge=1)] | None = None
     reference: str | None = None
     alternatives: str | None = None
     metrics: dict[str, MetricName]
@@ -77,6 +78,12 @@ class Subset(Reading, Named):
     def asks_model(self) -> bool:
         """Whether a metric reads more of a row than what the gate says of its prompt."""
         return any(map(asks_model, self.metrics.values()))
+
+    def scored(self, row: Row, column: str) -> str:
+        """What counts of a text of `row`: of the answer its opening, and nothing where no model is asked."""
+        if not self.asks_model:
+            return ""
+        return opening(row[column], self.answer_words if column == self.answer else None)
 
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
@@ -200,8 +207,8 @@ class Benchmark(Named):
                 subset=subset,
                 index=index,
                 prompt=press(table.pressure, fill(prompt, row), seed),
-                target=row[table.answer] if table.asks_model else "",
-                reference=row[table.reference or table.answer] if table.asks_model else "",
+                target=table.scored(row, table.answer),
+                reference=table.scored(row, table.reference or table.answer),
                 alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
             )
             for _, (index, row) in sample(parts[held], limit, seed)

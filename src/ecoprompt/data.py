@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -112,6 +113,14 @@ def split(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[
 
 def _shuffled(count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
+
+
+def opening(text: str, words: int | None) -> str:
+    """`text` up to the end of its word number `words`, as it is written there; all of it for None."""
+    if words is None:
+        return text
+    ends = [word.end() for word in itertools.islice(re.finditer(r"\S+", text), words)]
+    return text[: ends[-1]] if ends else text
 
 
 def check_columns(rows: Sequence[Row], source: Source, columns: Mapping[str, type]) -> None:

@@ -183,13 +183,14 @@ def _matches(row: Row, values: Mapping[str, tuple[str, ...]]) -> bool:
 def count(
     source: Source, reading: Reading, forget_set: ForgetSet | None, root: Path | None, published: int | None
 ) -> int | None:
-    """How many rows `read` would give: of local data, else by the count that was `published`, if it tells."""
+    """How many rows `read` would give: of local data, else by the count that was `published`, if it tells, else as many
+    as are declared to be taken `first`."""
     if local_file(source, root) is not None:
         return len(read(source, reading, forget_set, root))
-    if published is None or reading.rows != "all":
+    known = min((number for number in (published, reading.first) if number is not None), default=None)
+    if known is None or reading.rows != "all":
         return None
-    start, end = reading.sample or (0, published)
-    known = min(published, reading.first or published)
+    start, end = reading.sample or (0, known)
     return max(0, min(end, known) - start)
 
 
