@@ -2,8 +2,9 @@
 
 Each takes `embeddings` [n, D] (n selected tokens, D hidden size) and a CPU `generator`, writes nothing in place, and
 returns [n, D] in the same dtype on the same device. The fourteen are those of the published code of ECO prompts
-(arXiv 2406.07933, section 3.3); `dims` counts embedding dimensions and may not exceed D. A recipe may give `dims` as
-a share of D as well, which `dimensions` turns into a number before a function is called.
+(arXiv 2406.07933, section 3.3); `dims` counts embedding dimensions and may not exceed D, `strength` is a number or a
+tensor [dims]. A recipe may give `dims` as a share of D as well, which `dimensions` turns into a number before a
+function is called.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ def _share(text: object) -> str:
     return f"{Decimal(found[1]).normalize():f}%"
 
 
-if TYPE_CHECKING:
-    Dims = int  # what a function gets; below is what a recipe may say
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+if TYPE_CHECKING:  # what a function gets; below is what a recipe may say
+    Dims = int
+    Strength = float | Tensor
 else:
     Dims = Annotated[
         Annotated[int, Field(ge=1)] | Annotated[str, BeforeValidator(_share)],
         Field(description='how many embedding dimensions, or what share of all of them, as in `"12.5%"`'),
     ]
-Strength = Annotated[float, Field(gt=0, allow_inf_nan=False, description="standard deviation, or the value")]
+    Strength = Annotated[
+        Positive | Annotated[list[Positive], Field(min_length=1)],
+        Field(description="standard deviation, or the value; of all dimensions, or a list with one for each"),
+    ]
 
 
 def dimensions(dims: int | str, size: int) -> int:
@@ -43,7 +49,7 @@ def dimensions(dims: int | str, size: int) -> int:
     return dims if isinstance(dims, int) else max(1, round(size * float(dims.removesuffix("%")) / 100))
 
 
-def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: float) -> Tensor:
+def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: Strength) -> Tensor:
     """N(0, strength²) of shape [n, dims] in float32. Drawn on the CPU token by token, so that neither the device nor
     the number of later tokens changes what a token gets (from 16 numbers on, PyTorch draws all in another order)."""
     import torch
@@ -51,7 +57,7 @@ def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: float)
     noise = torch.empty(embeddings.shape[0], dims)
     for row in noise:
         row.normal_(generator=generator)
-    return (strength * noise).to(embeddings.device)
+    return strength * noise.to(embeddings.device)
 
 
 def _put(embeddings: Tensor, index: Tensor | slice, values: Tensor) -> Tensor:

@@ -238,6 +238,8 @@ class Forget:
         parameters = {key: value for key, value in self.corruption.items() if key != "method"}
         if "dims" in parameters:
             parameters["dims"] = dimensions(parameters["dims"], embeddings.shape[1])
+        if isinstance(parameters.get("strength"), list):
+            parameters["strength"] = torch.tensor(parameters["strength"], device=embeddings.device)
         method = corruptions[self.corruption["method"]]
         corrupted = embeddings.clone()
         for selection in decision.selections:
@@ -256,9 +258,13 @@ class Forget:
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
     def check_hidden_size(self, size: int) -> None:
-        """Raises InputError if the corruption asks for more dimensions than the model has."""
+        """Raises InputError if the corruption asks for more dimensions than the model has, or not for as many as it has
+        strengths."""
         if (dims := dimensions(self.corruption.get("dims", 0), size)) > size:
             raise InputError(f"'corruption.dims': found {dims}, expected at most the model's hidden size, {size}")
+        strengths = self.corruption.get("strength")
+        if isinstance(strengths, list) and len(strengths) != dims:
+            raise InputError(f"'corruption.strength': found {len(strengths)}, expected one for each of {dims} dims")
 
 
 def _highest(*scores: float) -> float:

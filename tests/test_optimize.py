@@ -1,0 +1,243 @@
+"""`optimize`: the search on held-out rows, its targets, what it leaves in the pack, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ecoprompt import optimize as module
+from ecoprompt import recipe as recipes
+from ecoprompt import scoring
+from ecoprompt.cli import app
+from ecoprompt.evaluate import evaluate, plan
+from ecoprompt.models import aliases
+from ecoprompt.optimize import Objective, draw, held_out, optimize, search_of
+from ecoprompt.pack import learned_corruption, load_pack
+from ecoprompt.recipe import load_recipe
+from ecoprompt.registry import InputError
+from ecoprompt.results import Store
+
+NAME = "quickstart-search"
+
+
+def read(*overrides):
+    return load_recipe(NAME, overrides)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search on the quick start's world, and where its results are."""
+    folder = tmp_path_factory.mktemp("search")
+    return optimize(read(), folder), folder
+
+
+def test_the_search_ends_on_its_target_and_tells_the_pack(searched):
+    learned, folder = searched
+    assert learned.about["stopped"] == "tolerance"
+    assert abs(learned.about["reached"] - learned.about["target"]) <= 0.01
+    assert 0.1 < learned.about["target"] < 0.3  # what a model that never saw them scores
+    assert len(learned.found.evaluations) <= 16
+    assert learned.found.evaluations[0].parameter == (0.1,)
+    pack = tomllib.loads((learned.pack / "forget.toml").read_text())
+    assert (
+        pack["corruption"]
+        == learned.corruption
+        == {
+            "method": "rand_noise_first_n",
+            "dims": 1,
+            "strength": learned.found.best.parameter[0],
+        }
+    )
+    assert pack["learned"] == learned.about
+    assert load_pack(learned.pack).corruption == learned.corruption
+    assert "| learned | by `adaptive`: forget_rouge" in (learned.pack / "README.md").read_text()
+    assert learned_corruption(read(), folder).parameters["strength"] == learned.corruption["strength"]
+
+
+def test_it_evaluates_what_it_learned_on_rows_that_the_search_did_not_read(searched):
+    learned, folder = searched
+    found = evaluate(read(), folder)
+    strength = learned.corruption["strength"]
+    told = f'the corruption is the one that was learned: rand_noise_first_n, {{"dims": 1, "strength": {strength}}}'
+    assert found.notes == [told]
+    _, apart = held_out(read(), read().optimize)
+    evaluated = {row["index"] for row in found.rows if row["forget"]}
+    assert len(apart) == learned.about["rows"] == 10
+    assert {item.index for item in apart} | evaluated == set(range(40))
+    assert {item.index for item in apart} & evaluated == set()
+    assert found.summary["runs"]["eco"]["metrics"]["forget_quality"] > 0.05
+    assert plan(read())["rows"]["quickstart"]["forget"] == len(evaluated)
+
+
+def test_another_recipe_has_learned_nothing(searched):
+    _, folder = searched
+    for override in (
+        "corruption.strength=0.2",
+        "optimize.tolerance=0.5",
+        "data.forget=quickstart/people",
+        "tokens.scope=prompt",
+    ):
+        known = learned_corruption(read(override), folder) is not None
+        assert known == override.startswith("data")
+    assert learned_corruption(read(), folder / "elsewhere") is None
+
+
+def test_a_search_that_was_killed_goes_on(searched, tmp_path, monkeypatch):
+    learned, _ = searched
+    real, asked = Objective.__call__, []
+
+    def dying(self, parameter, seed):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.append(tuple(parameter))
+        return real(self, parameter, seed)
+
+    monkeypatch.setattr(Objective, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(read(), tmp_path)
+    first = list(asked)
+    asked.clear()
+    monkeypatch.setattr(Objective, "__call__", lambda *args: asked.append(tuple(args[1])) or real(*args))
+    again = optimize(read(), tmp_path)
+    whole = [one.parameter for one in learned.found.evaluations]
+    assert (first, asked) == (whole[:4], whole[4:])
+    assert again.corruption == learned.corruption
+    assert [one.metric for one in again.found.evaluations] == [one.metric for one in learned.found.evaluations]
+
+
+def test_what_a_search_computed_another_finds(searched, monkeypatch):
+    """A grid over the same strengths asks the model nothing new; only what is searched by differs."""
+    learned, folder = searched
+    seen = []
+    monkeypatch.setattr("ecoprompt.scoring._generations", lambda *args: seen.append(args))
+    monkeypatch.setitem(
+        __import__("ecoprompt.scoring").scoring.KINDS, "generation", (lambda *args: seen.append(args), "")
+    )
+    low = learned.found.evaluations[0].parameter[0]
+    other = read(
+        "optimize.method=grid", "optimize.points=2", f"optimize.bounds=[{low}, {learned.corruption['strength']}]"
+    )
+    found = optimize(other, folder)
+    assert seen == []
+    assert found.corruption["strength"] == pytest.approx(learned.corruption["strength"])
+
+
+@pytest.mark.parametrize("method", ["published", "spsa", "grid"])
+def test_every_method_can_search(tmp_path, method):
+    found = optimize(read(f"optimize.method={method}", "optimize.budget=5"), tmp_path)
+    assert 1 <= len(found.found.evaluations) <= 5
+    assert found.about["search"] == method
+    assert found.found.best.objective == min(one.objective for one in found.found.evaluations)
+
+
+def test_dims_are_searched_in_whole_numbers(tmp_path):
+    overrides = (
+        'corruption={ method = "zero_out_top_k", dims = "25%" }',
+        "optimize.parameter=dims",
+        "optimize.budget=6",
+    )
+    found = optimize(read(*overrides), tmp_path)
+    assert all(value.is_integer() for one in found.found.evaluations for value in one.parameter)
+    assert type(found.corruption["dims"]) is int
+    assert found.found.evaluations[0].parameter == (hidden_size() / 4,)
+
+
+def hidden_size():
+    path = recipes.Path(recipes.__file__).parent / aliases()["quickstart"]["path"] / "config.json"
+    return json.loads(path.read_text())["hidden_size"]
+
+
+def test_a_vector_has_a_strength_for_each_dimension(searched, tmp_path):
+    learned, _ = searched
+    overrides = ("corruption.dims=4", "optimize.tolerance=0.0", "optimize.budget=12")
+    scalar = optimize(read(*overrides), tmp_path)
+    vector = optimize(read(*overrides, "optimize.vector=true", "optimize.budget=24"), tmp_path)
+    assert len(vector.corruption["strength"]) == 4
+    assert vector.found.best.objective <= scalar.found.best.objective
+    assert load_pack(vector.pack).corruption == vector.corruption
+
+
+@pytest.mark.parametrize("metric", ["forget_truth_ratio", "forget_probability", "ks_statistic"])
+def test_the_target_is_what_the_retain_model_scores(tmp_path, metric):
+    recipe = read(f"optimize.metric={metric}")
+    table, corruption = search_of(recipe)
+    objective = Objective(recipe, table, corruption, Store(tmp_path / "store.jsonl"))
+    retain = module._retain_model(recipe, table)
+    objective.compare_with(retain, module.quiet)
+    objective.attach(None, module.quiet)
+    assert objective.read == {"truth_ratio"} if metric != "forget_probability" else {"probability"}
+    rows = {item.index for item in objective.items}
+    whole = evaluate(load_recipe("quickstart", []), tmp_path)
+    values = [r["values"] for r in whole.rows if r["run"] == "retain" and r["forget"] and r["index"] in rows]
+    expected = 0.0 if metric == "ks_statistic" else np.mean([one[metric.removeprefix("forget_")] for one in values])
+    assert objective.target == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_surrogate_stands_for_the_retain_model():
+    recipe = read("optimize.surrogate=quickstart")
+    assert module._retain_model(recipe, recipe.optimize).name == "quickstart-retain"
+    alone = read("optimize.surrogate=quickstart", "run={ eco = { forget = true } }")
+    assert module._retain_model(alone, alone.optimize).name == "quickstart"
+    without = read("optimize.target=0.2", "run={ eco = { forget = true } }")
+    assert module._retain_model(without, without.optimize) is None
+
+
+def test_the_search_is_drawn(searched, tmp_path):
+    learned, _ = searched
+    path = draw(read(), learned, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optimize.metric=model_utility"], "no [[evaluate]] has 'model_utility' of a forget set"),
+        (["optimize.metric=forget_roug"], "did you mean 'forget_rouge'?"),
+        (["optimize.method=adaptiv"], "did you mean 'adaptive'?"),
+        (["optimize.target=chance"], "'forget_rouge' has no value that chance gives"),
+        (["optimize.parameter=dims", "corruption={ method = 'reverse_order' }"], "'reverse_order' has no 'dims'"),
+        (["corruption={ method = 'zero_out_top_k', dims = 3 }"], "'zero_out_top_k' has no 'strength'"),
+        (["optimize.vector=true", "optimize.parameter=dims"], "only a strength can be one for each dimension"),
+        (["optimize.bounds=[5, 1]"], "expected two numbers above 0, the smaller first"),
+        (["optimize.bounds=[0, 1]"], "expected two numbers above 0, the smaller first"),
+        (["optimize.points=3"], "has no key 'points'"),
+        (["optimize.held_out=1.5"], "expected a number below 1"),
+        (["run={ eco = { forget = true } }"], "neither [run.retain] nor [optimize] surrogate"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(overrides, told):
+    with pytest.raises(InputError) as error:
+        read(*overrides)
+    assert told in str(error.value)
+
+
+def test_a_recipe_without_a_search_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no \[optimize\]"):
+        optimize(load_recipe("quickstart", []), tmp_path)
+    done = CliRunner().invoke(app, ["optimize", "quickstart"])
+    assert done.exit_code == 2
+    with pytest.raises(InputError, match="leaves no row"):
+        held_out(read("optimize.held_out=0.001"), read("optimize.held_out=0.001").optimize)
+
+
+def test_evaluated_before_it_is_searched_the_recipe_counts(tmp_path):
+    recipe = read("evaluate.limit=2", "corruption.strength=3.0")
+    found = evaluate(recipe, tmp_path)
+    assert found.notes == ["[optimize] has not been run yet, so [corruption] is used as it stands"]
+
+
+def test_the_command_prints_the_path_and_what_it_found(searched, tmp_path):
+    learned, folder = searched
+    runner = CliRunner()
+    done = runner.invoke(app, ["optimize", NAME, "--output", str(folder), "--plot"])
+    assert done.exit_code == 0
+    assert f"strength = {learned.corruption['strength']}" in done.stdout
+    assert (folder / NAME / "optimize.png").exists()
+    document = json.loads(runner.invoke(app, ["optimize", NAME, "--output", str(folder), "--json"]).stdout)
+    assert document["corruption"] == learned.corruption
+    assert [one["number"] for one in document["trace"]] == list(range(1, len(learned.found.evaluations) + 1))
+    assert "[optimize]" in runner.invoke(app, ["optimize", NAME, "--dry-run"]).stdout
