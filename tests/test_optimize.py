@@ -113,10 +113,7 @@ def test_what_a_search_computed_another_finds(searched, monkeypatch):
     """A grid over the same strengths asks the model nothing new; only what is searched by differs."""
     learned, folder = searched
     seen = []
-    monkeypatch.setattr("ecoprompt.scoring._generations", lambda *args: seen.append(args))
-    monkeypatch.setitem(
-        __import__("ecoprompt.scoring").scoring.KINDS, "generation", (lambda *args: seen.append(args), "")
-    )
+    monkeypatch.setitem(scoring.KINDS, "generation", (lambda *args: seen.append(args), ""))
     low = learned.found.evaluations[0].parameter[0]
     other = read(
         "optimize.method=grid", "optimize.points=2", f"optimize.bounds=[{low}, {learned.corruption['strength']}]"
