@@ -652,16 +652,13 @@ def test_a_text_generation_pipeline_is_guarded(model, tokenizer, forget):
     assert during[1] == before[1]
 
 
-def test_the_gate_sees_a_prompt_once(model, tokenizer, keyword_gate, monkeypatch):
+def test_the_gate_sees_a_prompt_once(model, tokenizer, keyword_gate):
     seen = []
     forget = Forget(gate=lambda texts: seen.extend(texts) or keyword_gate(texts), corruption=NOISE)
-    with guard(model, tokenizer, forget) as attached:
+    with guard(model, tokenizer, forget):
         for texts in ([SECRET, PLAIN, SECRET], [PLAIN, SHORT]):
             model(**batch(tokenizer, texts))
         assert seen == [SECRET, PLAIN, SHORT]
-        monkeypatch.setattr(sys.modules["ecoprompt.guard"], "REMEMBERED", 1)
-        assert [d.flagged for d in attached.decide([tokenizer.encode(t) for t in (SECRET, PLAIN)])] == [True, False]
-        assert len(attached._known) == 1
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ ORDER = (
         "classifier",
         "gate",
         "forget",
+        "verdicts",
         "card",
         "pack",
         "calls",
@@ -59,8 +60,8 @@ ORDER = (
     + ["sandbox", "chat", "terminal", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`card`, `turns` and `calls` are parts of modules that follow them, `template` of what makes prompts, `files` of what
-reads a pack."""
+`card`, `turns`, `verdicts` and `calls` are parts of modules that follow them, `template` of what makes prompts, `files`
+of what reads a pack."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

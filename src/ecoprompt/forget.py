@@ -124,6 +124,13 @@ class Forget:
         if problems:
             raise InputError(*problems)
 
+    def differences(self, other: Forget) -> list[str]:
+        """The keys, but for corruption and seed, in which two specs differ; if none, they decide of prompts alike."""
+        names = [name for name in ("threshold", "tokens", "context", "check") if vars(self)[name] != vars(other)[name]]
+        # A gate's tables are not compared, only whether it is the same object or the same function.
+        alike = self.gate is other.gate or (isinstance(self.gate, _Callable) and self.gate == other.gate)
+        return names if alike else ["gate", *names]
+
     @property
     def scope(self) -> str:
         assert isinstance(self.tokens, Mapping)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,13 +36,12 @@ from ecoprompt.calls import (
 from ecoprompt.forget import Decision, Forget
 from ecoprompt.pack import load_forget
 from ecoprompt.registry import InputError, UnguardedError
+from ecoprompt.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-REMEMBERED = 1 << 14
-"""How many prompts' decisions are kept, so that the gate sees a repeated prompt once."""
 Rows = list[tuple[list[int], Decision]]
 """By row of a batch: the columns that hold its prompt's tokens, and what was decided of it."""
 
@@ -98,21 +97,28 @@ class _State(threading.local):
 class Guard:
     """A forget spec attached to a model while the `with` block lasts.
 
-    `decisions` are those of the latest prompts, one for each row of the batch.
+    `decisions` are those of the latest prompts, one for each row of the batch. Guards that differ in corruption and
+    seed alone may share `verdicts`, so that gate and token selector see each prompt once among them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: Forget) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        forget: Forget,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         if not hasattr(tokenizer, "pad_token_id") or not callable(tokenizer):
             raise InputError(f"found {type(tokenizer).__name__} as the tokenizer, expected the model's own")
         self.model = unwrapped(model)
         self.tokenizer = tokenizer
         self.forget = forget
+        self.verdicts = Verdicts(forget, tokenizer) if verdicts is None else verdicts
+        self.verdicts.check_shared(forget, tokenizer)
         self.decisions: list[Decision] = []
         refuse_compiled(model, input_embedding(self.model))
         self._embedding = input_embedding(self.model)
         forget.check_hidden_size(shape(self._embedding)[1])
-        self._known: OrderedDict[tuple[int, ...], Decision] = OrderedDict()
-        self._overruled: dict[str, float] = {}
         self._state, self._lock = _State(), threading.Condition()
         self._generating: Counter[int] = Counter()
         self._handles: list[Any] = []
@@ -150,16 +156,11 @@ class Guard:
 
     def decide(self, prompts: Sequence[Sequence[int]]) -> list[Decision]:
         """What the gate says of prompts, given as token ids without padding. A prompt is scored once."""
-        keys = [tuple(ids) for ids in prompts]
-        remembered = {key: self._known.get(key) for key in keys}  # at once, as other threads may make room
-        decided = {key: decision for key, decision in remembered.items() if decision is not None}
-        new = [key for key in remembered if key not in decided]
-        decided |= zip(new, self.forget.decide(self.tokenizer, new, self._overruled), strict=True)
-        with self._lock:
-            self._known.update(decided)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        return [decided[key] for key in keys]
+        return self.verdicts.decide(prompts)
+
+    def overrule(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[bool]:
+        """Which prompts the gate flags when it reads them with these answers; from now on they are flagged alone."""
+        return self.verdicts.overrule(prompts, answers)
 
     @contextlib.contextmanager
     def prompt_lengths(self, lengths: Sequence[int]) -> Iterator[None]:
@@ -225,7 +226,7 @@ class Guard:
             raise UnguardedError("prompt_lengths does not fit the batch that the model was called with")
         prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         self.decisions = [
-            self.forget.extend(self.tokenizer, decision, row, length)
+            self.verdicts.extend(decision, row, length)
             for decision, row, length in zip(self.decide(prompts), tokens, lengths, strict=True)
         ]
         return list(zip(columns, self.decisions, strict=True))
@@ -325,18 +326,6 @@ class Guard:
                 self._generating[threading.get_ident()] -= 1
                 self._generating += Counter()  # drops those at zero
                 self._lock.notify_all()
-
-    def overrule(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[bool]:
-        """Which prompts the gate flags when it reads them with these answers; from now on they are flagged alone."""
-        judged = self.forget.judge(self.tokenizer, prompts, answers)
-        flagged = {read: score for read, score in judged if not score <= self.forget.threshold}
-        with self._lock:
-            self._overruled |= flagged
-            while len(self._overruled) > REMEMBERED:
-                self._overruled.pop(next(iter(self._overruled)))
-            if flagged:
-                self._known.clear()
-        return [read in flagged for read, _ in judged]
 
 
 def _drop_compiled() -> None:
