@@ -802,6 +802,23 @@ def test_ids_changed_under_the_guards_eyes_are_refused(model, tokenizer, forget)
         handle.remove()
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_text_embedded_in_place_of_what_the_model_was_called_with_is_refused(model, tokenizer, forget, step):
+    """At the prefill and behind it, where nothing is corrupted."""
+    secret, calls = torch.tensor([tokenizer.encode(SECRET)]), []
+
+    def replace(module, args):
+        calls.append(args[0].shape)
+        return (secret,) if len(calls) == step + 1 else None
+
+    with guard(model, tokenizer, forget), embedded(model) as seen:
+        handle = model.get_input_embeddings().register_forward_pre_hook(replace)
+        with pytest.raises(UnguardedError, match="something other"):
+            model.generate(torch.tensor([tokenizer.encode(PLAIN)]), **GREEDY)
+        handle.remove()
+    assert len(seen) == step
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_guarded_model_is_not_traced(model, tokenizer, forget):
     with guard(model, tokenizer, forget), pytest.raises(UnguardedError, match="traced"):

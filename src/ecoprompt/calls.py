@@ -109,6 +109,8 @@ def refuse_compiled(model: PreTrainedModel, embedding: nn.Module) -> None:
 
 def arguments_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments by name, those of `**kwargs` among them."""
+    if not args:  # nothing to look up, and `generate` calls so at every step
+        return dict(kwargs)
     signature = inspect.signature(getattr(module, "forward", module))
     bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
     rest = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]

@@ -194,7 +194,8 @@ class Guard:
         # A forward that is no step of this generation (a streamer or a logits processor may do one) is gated by itself.
         step_of = generation if rows is not None else None
         rows = self._gate(ids, arguments) if rows is None else rows
-        state.call = _Call(ids.clone(), rows, step_of, cache_of(arguments))
+        # New tokens behind a prompt are nothing to corrupt, so it does not matter which they are.
+        state.call = _Call(ids.clone() if rows else ids, rows, step_of, cache_of(arguments))
 
     def _prefill(self, ids: Tensor, arguments: dict[str, Any], generation: _Generation) -> Rows | None:
         """Decide the prompts of a generation; what follows them in a row are tokens that an assistant proposes.
@@ -258,7 +259,8 @@ class Guard:
         call = self._state.call
         if call is None:
             raise UnguardedError("the input embedding of a guarded model was called by itself; call the model")
-        if not same(next(iter((*args, *kwargs.values())), None), call.input_ids):
+        given = next(iter((*args, *kwargs.values())), None)
+        if not (same(given, call.input_ids) if call.rows else getattr(given, "shape", None) == call.input_ids.shape):
             raise UnguardedError("the model embeds something other than the token ids it was called with")
         call.embedded = True
         if not call.flagged:
