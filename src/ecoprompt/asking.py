@@ -19,6 +19,7 @@ from ecoprompt.registry import Progress, benchmarks, metrics
 from ecoprompt.results import Store
 from ecoprompt.scoring import Request, Sample, answer, log_prob
 from ecoprompt.template import fill
+from ecoprompt.verdicts import Verdicts
 
 JUDGED = 64
 """Prompts that a gate judges at a time where no model is asked."""
@@ -74,6 +75,7 @@ class Asking:
         self.store = store
         self.claimed = claimed
         self._prepared: dict[str, list[Prepared]] = {}
+        self._verdicts: dict[str, Verdicts] = {}
 
     def ask(self, run: Run, trained: TrainedGate | None, progress: Progress) -> tuple[list[Asked], float]:
         """Ask all rows in the state of `run`; returns what was asked and the seconds that computing it took."""
@@ -105,9 +107,13 @@ class Asking:
     def _guard(self, run: Run, trained: TrainedGate | None) -> Guard | None:
         if trained is None or run.gate is None or run.tokens is None or run.corruption is None:
             return None
-        spec = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
+        forget = make_forget(trained, run.gate, run.tokens, run.corruption, run.seed or 0)
         # Answers are checked by `ask`: what is stored for an unflagged prompt is the plain model's, which is any run's.
-        return Guard(self.loaded.model, self.loaded.tokenizer, replace(spec, check="prompt"))
+        forget = replace(forget, check="prompt")
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        shared = f"{id(trained)}:{digest(run.gate, run.tokens)}"
+        verdicts = self._verdicts.setdefault(shared, Verdicts(forget, tokenizer))
+        return Guard(model, tokenizer, forget, verdicts)
 
     def _compute(self, run: Run, guard: Guard | None, asked: Sequence[Asked], progress: Progress) -> float:
         """Compute what no other run does; returns the seconds that it took."""
