@@ -105,7 +105,8 @@ def recipes_page() -> str:
         inner = _table_of(field)
         if inner:
             parts += _recipe_table(name, field, schema["$defs"][inner], schema)
-    for name, heading in {"corruption": "Corruptions", "tokens": "Token selectors", "gate": "Gate kinds"}.items():
+    headings = {"corruption": "Corruptions", "tokens": "Token selectors", "gate": "Gate kinds"}
+    for name, heading in {**headings, "optimize": "Search methods"}.items():
         choice, registry, _ = OPEN[name]
         parts += [f"## {heading}", f"What `[{name}] {choice}` may be, and the further keys of its table."]
         parts += registered(registry)

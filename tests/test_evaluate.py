@@ -389,6 +389,35 @@ def test_the_copyright_ablation_evaluates_on_articles_of_ones_own(root, tmp_path
     assert len({run["articles_probability"] for run in metrics(found).values()}) == 4
 
 
+def test_a_sweep_that_was_killed_repeats_nothing_that_was_finished(root, tmp_path, monkeypatch):
+    """Killed before every third batch, and started again each time: each result is computed once."""
+    recipe = read(root, tmp_path, more='[sweep]\n"corruption.strength" = [20.0, 30.0, 40.0]\n')
+    computed, calls = [], []
+    for kind, (real, doing) in scoring.KINDS.items():
+
+        def dying(loaded, guard, requests, room, real=real):
+            calls.append(len(requests))
+            if len(calls) % 3 == 0:
+                raise KeyboardInterrupt
+            spec = guard.forget.corruption["strength"] if guard else None
+            computed.extend((loaded.fingerprint, spec, request) for request in requests)
+            return real(loaded, guard, requests, room)
+
+        monkeypatch.setitem(scoring.KINDS, kind, (dying, doing))
+    killed = 0
+    while True:
+        try:
+            found = evaluate(recipe, tmp_path / "killed")
+            break
+        except KeyboardInterrupt:
+            killed += 1
+    assert killed >= 3
+    assert len(set(computed)) == len(computed) == 2 * 16 * 6 + 3 * 4 * 6  # all rows of two models, flagged ones of each
+    monkeypatch.undo()
+    straight = evaluate(recipe, tmp_path / "straight")
+    assert {name: metrics(straight)[name] for name in metrics(found)} == metrics(found)
+
+
 def test_runs_may_have_a_model_a_prefix_and_a_corruption_of_their_own(whole, root, tmp_path, monkeypatch):
     _, found, folder = whole
     shutil.copytree(folder / "toy", tmp_path / "toy")

@@ -1,8 +1,9 @@
 """Times TOFU's evaluation and its ablation, ours against a straightforward loop, as Markdown tables.
 
-`python tests/bench/evaluation.py [--settings 3] [--rounds 3] [--limit N] [--shared ../shared]`. The loop takes the rows
-in batches of 64 in the order of the file, one forward pass for each candidate answer with the logits of all positions,
-`generate` until a whole batch is done, and asks the gate at every call. Both compute the same numbers, as is checked.
+`python tests/bench/evaluation.py [--part setting|ablation|memory] [--settings 3] [--rounds 3] [--limit N]`. The loop
+takes the rows in batches of 64 in the order of the file, makes one forward pass for each candidate answer with the
+logits of all positions, calls `generate` until a whole batch is done, and asks the gate at every call. Both compute the
+same numbers, as is checked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +31,8 @@ def main() -> int:
     """Exit status 0, 1 where both ways differ, or 2 where data or models are missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/ and models/")
+    parser.add_argument("--part", choices=["setting", "ablation", "memory"], help="one of the tables; default: all")
+    parser.add_argument("--scored", nargs=2, metavar=("WAY", "VOCABULARY"), help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=int, default=3, help="settings of the ablation that the loop is timed on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="rows of each subset, for a try")
@@ -36,7 +40,11 @@ def main() -> int:
     if not (options.shared / "data/tofu").is_dir():
         print(f"evaluation: no folder {options.shared / 'data/tofu'}; --shared names where data/ lies", file=sys.stderr)
         return 2
-    return one_setting(options)
+    if options.scored:
+        print(scored(options.scored[0], int(options.scored[1])))
+        return 0
+    parts = {"setting": one_setting, "ablation": ablation, "memory": memory}
+    return max(part(options) for name, part in parts.items() if options.part in (None, name))
 
 
 def recipe_of(name: str, options: argparse.Namespace) -> Any:
@@ -68,6 +76,85 @@ def one_setting(options: argparse.Namespace) -> int:
         print(f"| {name} | {statistics.median(found):.1f} | {', '.join(f'{one:.1f}' for one in found)} |")
     print(f"\n{statistics.median(plain) / statistics.median(ours):.1f} times faster.")
     return compare(straight, summary)
+
+
+def ablation(options: argparse.Namespace) -> int:
+    """(c) The comparison of all settings, ours whole, and the loop on a few of them, evenly spread."""
+    from ecoprompt.recipe import resolve_runs
+
+    recipe = recipe_of("tofu-mini-ablation.toml", options)
+    swept = [run.name for run in resolve_runs(recipe) if run.guarded]
+    chosen = swept[:: max(1, len(swept) // options.settings)][: options.settings]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        warm(recipe, output)
+        summary, ours = timed(lambda: ours_of(recipe, output))
+        print(f"ours {ours:.1f} s", file=sys.stderr, flush=True)
+        loop = Plain(recipe, output)
+        base, alone = timed(lambda: loop.evaluate(["retain", "original"]))
+        each, found = [], {}
+        for name in chosen:
+            rows, seconds = timed(lambda n=name: loop.evaluate([n]))
+            each.append(seconds)
+            found |= rows
+            print(f"{name}: plain {seconds:.1f} s", file=sys.stderr, flush=True)
+    one = statistics.median(each)
+    print(f"\n| TOFU, {len(swept)} settings | seconds | ours is faster by |")
+    print("| --- | ---: | ---: |")
+    print(f"| ours, all of it | {ours:.0f} | |")
+    for name, seconds in (
+        ("the loop, eco alone once per setting", len(swept) * one),
+        ("the loop, retain and original once, eco per setting", alone + len(swept) * one),
+        ("the loop, all three runs per setting", len(swept) * (alone + one)),
+    ):
+        print(f"| {name} | {seconds:.0f} | {seconds / ours:.1f} |")
+    spread = ", ".join(f"{seconds:.0f}" for seconds in each)
+    print(f"\nThe loop took {spread} s on {len(chosen)} of the settings; their median stands for each of them.")
+    own = {run: {k: v for k, v in rows.items() if "quality" not in k and "ks_" not in k} for run, rows in found.items()}
+    return compare(base | own, summary)
+
+
+def memory(options: argparse.Namespace) -> int:
+    """(d) Peak memory of scoring 64 rows of 100 tokens, each way in a process of its own."""
+    print("\n| vocabulary | plain loop, MiB | ours, MiB | share |")
+    print("| ---: | ---: | ---: | ---: |")
+    for vocabulary in (32_000, 256_000):
+        peaks = []
+        for way in ("plain", "ours"):
+            command = [sys.executable, __file__, "--shared", str(options.shared), "--scored", way, str(vocabulary)]
+            found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+            peaks.append(statistics.median(found))
+        print(f"| {vocabulary:,} | {peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] / peaks[0]:.1%} |")
+    return 0
+
+
+def scored(way: str, vocabulary: int) -> int:
+    """The peak memory of this process, in MiB, after it scored the rows one way."""
+    import resource
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from ecoprompt.models import Loaded
+    from ecoprompt.scoring import Request, answer
+
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **size)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT / "src/ecoprompt/quickstart/full")
+    loaded = Loaded(LlamaForCausalLM(config).eval(), tokenizer, "random")
+    if way == "plain":
+        ids = torch.randint(0, 400, (BATCH, 100))
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+    else:
+        text = " ".join(["word"] * 40)
+        requests = [Request("log_prob", f"Question {number}: {text}", f" {text}") for number in range(BATCH)]
+        with tempfile.TemporaryDirectory() as folder:
+            from ecoprompt.results import Store
+
+            answer(loaded, [(str(n), one) for n, one in enumerate(requests)], Store(Path(folder) / "store.jsonl"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def compare(plain: dict[str, Any], ours: dict[str, Any]) -> int:

@@ -22,8 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests/recipes/tofu-mini-search.toml"
-BUDGETS = {"published": 21}
-"""The published method makes ten updates of two evaluations each, and looks at the last value."""
+PUBLISHED = ("optimize.budget=21", "optimize.bounds=[1e-8, 1000.0]")
+"""The published method makes ten updates of two evaluations each and looks at the last value; it steps below 0.01."""
 
 
 def main() -> int:
@@ -70,7 +70,7 @@ def search(options: argparse.Namespace, folder: Path, method: str, seed: int, st
     from ecoprompt.optimize import optimize
 
     settings = (f"optimize.method={method}", f"seed={seed}", f"corruption.strength={start}")
-    recipe = read(options, *settings, f"optimize.budget={BUDGETS.get(method, 16)}")
+    recipe = read(options, *settings, *(PUBLISHED if method == "published" else ()))
     started = time.perf_counter()
     learned = optimize(recipe, folder / str(seed))
     seconds = time.perf_counter() - started
