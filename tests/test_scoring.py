@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import architectures
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ecoprompt import Forget, guard, prefill, scoring
 from ecoprompt.metrics import LogProb
@@ -406,3 +408,62 @@ def test_scopes_and_answers_as_a_single_row_has_them(loaded, store, keyword_gate
         assert decision.positions == tuple(range(len(head + tail) - 1))
         expected = float(rows.gather(1, torch.tensor(tail)[:, None]).sum())
         assert store.get(name)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def both_ways(model, tokenizer, tmp_path, monkeypatch):
+    """(results where a prompt is read once, or None if it cannot be; the plain way's) for each request."""
+    loaded = Loaded(model, tokenizer, "fingerprint")
+    every = keyed([*REQUESTS, *GENERATIONS])
+    read, plain = Store(tmp_path / "read.jsonl"), Store(tmp_path / "plain.jsonl")
+    rooms = []
+    monkeypatch.setattr(scoring, "Room", lambda *args: rooms.append(Room(*args)) or rooms[-1])
+    answer(loaded, every, read)
+    (room,) = rooms
+    shared = room.shares
+    monkeypatch.setattr(prefill, "read", lambda *args: None)
+    answer(loaded, every, plain)
+    monkeypatch.undo()
+    return shared, [(request, read.get(name), plain.get(name)) for name, request in every]
+
+
+def check_both(found, tolerance=1e-5):
+    for request, once, plain in found:
+        if request.kind == "log_prob":
+            assert once == [pytest.approx(plain[0], abs=tolerance * plain[1]), plain[1]]
+        else:
+            assert once == plain
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shares"),
+    [("bloom", True), ("falcon", True), ("gemma3", True), ("phi3", True), ("mamba", False), ("jamba", False)],
+)
+def test_what_is_kept_of_a_prompt_is_continued_where_it_can_be(architecture, shares, tokenizer, tmp_path, monkeypatch):
+    model = architectures.build(architecture)
+    shared, found = both_ways(model, tokenizer, tmp_path, monkeypatch)
+    assert shared == shares
+    check_both(found)
+
+
+@pytest.mark.parametrize(("window", "shares"), [(100, True), (12, False)])
+def test_a_window_that_holds_all_of_a_text_is_continued(window, shares, tokenizer, tmp_path, monkeypatch):
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        num_key_value_heads=2, sliding_window=window, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    shared, found = both_ways(AutoModelForCausalLM.from_config(config).eval(), tokenizer, tmp_path, monkeypatch)
+    assert shared == shares
+    check_both(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", architectures.architectures())
+@pytest.mark.filterwarnings("ignore")
+def test_every_architecture_scores_the_same_both_ways(architecture, tokenizer, tmp_path, monkeypatch):
+    try:
+        model = architectures.build(architecture)
+    except Exception as error:  # such as those that tests/test_architectures.py lists
+        pytest.skip(f"not built: {error!r:.80}")
+    _, found = both_ways(model, tokenizer, tmp_path, monkeypatch)
+    check_both(found, 1e-4)
