@@ -22,6 +22,10 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/bench/tofu_mini.py
 	$(BIN)/python tests/bench/gate.py
+	$(BIN)/python tests/bench/guard.py
+	$(BIN)/python tests/bench/evaluation.py
+	$(BIN)/python tests/bench/search.py
+	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/zeroth.py
 
 clean:
