@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import architectures
 import numpy as np
 import pytest
@@ -69,8 +71,8 @@ def test_log_probabilities_are_those_of_each_row_alone(family_model, tokenizer, 
     answer(Loaded(family_model, tokenizer, "fingerprint"), keyed(REQUESTS), store, batch_tokens=budget)
     for name, request in keyed(REQUESTS):
         total, tokens = alone(family_model, tokenizer, request)
-        assert store.get(name) == [pytest.approx(total, abs=1e-5 * tokens), tokens]
-        assert log_prob(store.get(name)) == LogProb(*store.get(name))
+        assert store.get(name)[:2] == [pytest.approx(total, abs=1e-5 * tokens), tokens]
+        assert log_prob(store.get(name)) == LogProb(*store.get(name)[:2])
 
 
 @pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[:1]])
@@ -316,6 +318,26 @@ def test_a_prompt_is_read_once_for_all_its_completions(family_model, tokenizer, 
     assert shapes == [(1, 1), (3, longest - 1)]
 
 
+@pytest.mark.parametrize("right", [0, 2, 5])
+def test_what_was_scored_as_likeliest_is_not_generated_again(loaded, store, tmp_path, monkeypatch, right):
+    """Of its own answer to a prompt, all; of one that leaves it after some tokens, these."""
+    prompt, limit = PAIRS[0][0], 5
+    ids = encode(loaded.tokenizer, prompt)
+    out = loaded.model.generate(torch.tensor([ids]), max_new_tokens=limit, do_sample=False)[0, len(ids) :].tolist()
+    other = next(token for token in range(60, 70) if token not in out)
+    said = tuple([*out[:right], other] if right < limit else out)  # as tokens: as text they may be others
+    monkeypatch.setattr(scoring, "_pair", lambda tokenizer, text, completion: (tuple(ids), said if completion else ()))
+    every = keyed([Request("log_prob", prompt, "said"), Request("generation", prompt, max_new_tokens=limit)])
+    answer(loaded, every[1:], store)
+    again, steps = Store(tmp_path / "again.jsonl"), []
+    loaded.model.register_forward_hook(lambda *args: steps.append(1))
+    answer(loaded, every, again)
+    assert again.get(every[0][0])[2] == right
+    assert again.get(every[1][0]) == store.get(every[1][0])
+    assert len(steps) == 1 + limit - right
+    assert every[1][1].key("x", None) == replace(every[1][1], start=(1, 2)).key("x", None)
+
+
 def test_keys_differ_by_all_that_determines_a_result():
     requests = [
         Request(kind, prompt, completion, count)
@@ -429,7 +451,8 @@ def both_ways(model, tokenizer, tmp_path, monkeypatch):
 def check_both(found, tolerance=1e-5):
     for request, once, plain in found:
         if request.kind == "log_prob":
-            assert once == [pytest.approx(plain[0], abs=tolerance * plain[1]), plain[1]]
+            assert once[1:] == plain[1:]
+            assert once[0] == pytest.approx(plain[0], abs=tolerance * plain[1])
         else:
             assert once == plain
 

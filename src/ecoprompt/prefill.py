@@ -141,20 +141,22 @@ def _forward(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, 
 def continuations(
     loaded: Loaded,
     prompts: Sequence[Sequence[int]],
+    starts: Sequence[Sequence[int]],
     limits: Sequence[int],
     slots: int,
     pick: Callable[[Tensor, list[int], list[int]], Tensor],
     attached: Attached,
 ) -> list[list[int]] | None:
-    """The token ids that follow each prompt, until one ends the text or there are `limits[i]` of them.
+    """The token ids that follow each prompt, `starts[i]` first, until one ends the text or there are `limits[i]`.
 
     `slots` rows are continued at a time; what is done makes room for the next. `pick(logits, rows, steps)` chooses the
     tokens of the rows from logits [R, V], where each has `steps` already. None if the model cannot be read so.
     """
     ends = _ends(loaded.model)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    waiting, active = deque(range(len(prompts))), list[int]()
-    made: list[list[int]] = [[] for _ in prompts]
+    made = [list(start) for start in starts]
+    waiting = deque(row for row in range(len(prompts)) if not _is_done(made[row], limits[row], ends))
+    active: list[int] = []
     state: Prefill | None = None
     while waiting or active:
         going = [place for place, row in enumerate(active) if not _is_done(made[row], limits[row], ends)]
@@ -162,7 +164,7 @@ def continuations(
             state, active = state.select(going) if going else None, [active[place] for place in going]
         if waiting and (slots - len(active)) * REFILLED >= slots:
             new = [waiting.popleft() for _ in range(min(slots - len(active), len(waiting)))]
-            fresh = _read_each_once(loaded, [prompts[row] for row in new], longest, attached)
+            fresh = _read_each_once(loaded, [[*prompts[row], *made[row]] for row in new], longest, attached)
             if fresh is None:
                 return None
             state, active = fresh if state is None else state.join(fresh), active + new

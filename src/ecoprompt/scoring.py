@@ -8,9 +8,9 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ecoprompt.metrics import LogProb
@@ -35,23 +35,28 @@ POOLED = 4
 """How many times as many generations are made and stored as one as there are going on at once."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """The token ids of a prompt and of what follows it."""
+Scored = tuple[float, int]
+"""The log-probability of a completion, and how many of its first tokens are the likeliest."""
 
 
 @dataclass(frozen=True)
 class Request:
     """One thing to ask of a model: the log-probability of `completion` after `prompt`, or a greedy generation.
 
-    Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion.
+    Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion; its first tokens may be known, as
+    its `start`.
     """
 
     kind: Literal["log_prob", "generation", "sample"]
     prompt: str
     completion: str = ""
     max_new_tokens: int = 0
+    start: tuple[int, ...] = field(default=(), compare=False, repr=False, kw_only=True)
 
     def key(self, fingerprint: str, corruption: str | None) -> str:
         """What the result is stored under: all that determines it; `corruption` is None for an unflagged prompt."""
-        return key(format=FORMAT, model=fingerprint, corruption=corruption, **vars(self))
+        determines = {name: value for name, value in vars(self).items() if name != "start"}
+        return key(format=FORMAT, model=fingerprint, corruption=corruption, **determines)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def answer(
     done = 0
     for kind, (compute, doing) in KINDS.items():
         chosen = [(name, request) for name, request in unique.items() if request.kind == kind]
+        if kind == "generation" and guard is None:
+            chosen = _started(loaded, unique, chosen, store)
         for batch in _units(loaded, [request for _, request in chosen], room.first):
             wanted = [chosen[number] for number in batch if chosen[number][0] not in store]
             if wanted:
@@ -102,6 +109,18 @@ def answer(
             done += len(batch)
             progress(doing, done, len(unique))
     return math.fsum(map(store.seconds, unique))
+
+
+def _started(
+    loaded: Loaded, requests: Mapping[str, Request], generations: Sequence[tuple[str, Request]], store: Store
+) -> list[tuple[str, Request]]:
+    """The generations with what scoring tells of their beginning: as much of a completion as is the likeliest, token by
+    token, after its prompt. A model that has learnt its answers by heart has generated them so."""
+    known: dict[str, tuple[int, ...]] = {}
+    for name, request in requests.items():
+        if request.kind == "log_prob" and (agreed := store.get(name)[2]) > len(known.get(request.prompt, ())):
+            known[request.prompt] = _pair(loaded.tokenizer, request.prompt, request.completion)[1][:agreed]
+    return [(name, replace(request, start=known.get(request.prompt, ()))) for name, request in generations]
 
 
 class Room:
@@ -206,33 +225,34 @@ def _units(loaded: Loaded, requests: Sequence[Request], tokens: int) -> list[lis
 
 
 def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
-    """[sum of the completion's natural log-probabilities, its number of tokens] of each request."""
+    """[sum of the completion's natural log-probabilities, its number of tokens, how many of the first of these are the
+    likeliest] of each request."""
     pairs = [_pair(loaded.tokenizer, request.prompt, request.completion) for request in requests]
     tails = [len(tail) for _, tail in pairs]
     if not all(tails):
         raise EcopromptError(f"an answer without a token has no probability: {requests[tails.index(0)].prompt!r}")
-    totals = None
+    found = None
     if (
         room.shares
         and (guard is None or guard.forget.scope == "prompt")
         and len({head for head, _ in pairs}) < len(pairs)
     ):
-        totals = _after_shared_prompts(loaded, guard, pairs, room)
-        room.shares = totals is not None
-    if totals is None:
-        totals = _after_their_own(loaded, guard, pairs, room)
-    return [[total, tail] for total, tail in zip(totals, tails, strict=True)]
+        found = _after_shared_prompts(loaded, guard, pairs, room)
+        room.shares = found is not None
+    if found is None:
+        found = _after_their_own(loaded, guard, pairs, room)
+    return [[total, tail, agreed] for (total, agreed), tail in zip(found, tails, strict=True)]
 
 
-def _after_shared_prompts(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room) -> list[float] | None:
-    """The log-probability of each completion, where each prompt is read once; None if the model cannot be read so."""
-    import torch
-
+def _after_shared_prompts(
+    loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room
+) -> list[Scored] | None:
+    """The score of each completion, where each prompt is read once; None if the model cannot be read so."""
     from ecoprompt.prefill import follow, read
 
     heads = list(dict.fromkeys(head for head, _ in pairs))
     longest = max(len(head) + len(tail) for head, tail in pairs)
-    totals = [0.0] * len(pairs)
+    found: list[Scored] = [(0.0, 0)] * len(pairs)
     for chunk in batches(list(map(len, heads)), room.tokens):
         prompts = [heads[number] for number in chunk]
         before = read(loaded, prompts, longest, _attached(guard))
@@ -240,9 +260,9 @@ def _after_shared_prompts(loaded: Loaded, guard: Guard | None, pairs: Sequence[P
             return None
         place = {prompt: number for number, prompt in enumerate(prompts)}
         rows = [number for number, (head, _) in enumerate(pairs) if head in place]
-        first = before.logits.float().log_softmax(-1)
+        first = before.logits[:, None]
         for row in rows:
-            totals[row] = first[place[pairs[row][0]], pairs[row][1][0]].item()
+            found[row] = _score(first[place[pairs[row][0]]], pairs[row][1][:1])
         rows = [row for row in rows if len(pairs[row][1]) > 1]
         widths = [room.width(before.mask.shape[1] + len(pairs[row][1]), len(pairs[row][1])) for row in rows]
         for part in batches(widths, room.tokens):
@@ -250,19 +270,20 @@ def _after_shared_prompts(loaded: Loaded, guard: Guard | None, pairs: Sequence[P
             ids, mask = pad(loaded, [pairs[row][1][:-1] for row in some], left=False)
             logits = follow(loaded, before.select([place[pairs[row][0]] for row in some]), ids, mask)
             for values, row in zip(logits, some, strict=True):
-                totals[row] += _log_prob_of(values, torch.tensor(pairs[row][1][1:], device=ids.device))
-    return totals
+                (begun, agreed), (total, more) = found[row], _score(values, pairs[row][1][1:])
+                found[row] = begun + total, agreed + more * agreed
+    return found
 
 
-def _after_their_own(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room) -> list[float]:
-    """The log-probability of each completion, where each is read with its prompt in one go."""
+def _after_their_own(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair], room: Room) -> list[Scored]:
+    """The score of each completion, where each is read with its prompt in one go."""
     import torch
 
     from ecoprompt.prefill import parameters
 
     least = min(len(head) for head, _ in pairs)
     widths = [room.width(len(head) + len(tail), len(head) + len(tail) - least) for head, tail in pairs]
-    totals = [0.0] * len(pairs)
+    found: list[Scored] = [(0.0, 0)] * len(pairs)
     with torch.inference_mode(), guard or nullcontext():
         for chunk in batches(widths, room.tokens):
             heads, tails = [pairs[row][0] for row in chunk], [pairs[row][1] for row in chunk]
@@ -276,14 +297,19 @@ def _after_their_own(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair],
             logits = logits if kept else logits[:, first:-1]
             for values, row, head, tail in zip(logits, chunk, heads, tails, strict=True):
                 start = len(head) - 1 - first
-                totals[row] = _log_prob_of(values[start:], torch.tensor(tail, device=ids.device))
-    return totals
+                found[row] = _score(values[start:], tail)
+    return found
 
 
-def _log_prob_of(logits: Tensor, tokens: Tensor) -> float:
-    """The log-probability of T tokens by their logits [at least T, V]."""
-    predicted = logits[: len(tokens)].float().log_softmax(-1)
-    return float(predicted.gather(1, tokens[:, None]).double().sum())
+def _score(logits: Tensor, tokens: Sequence[int]) -> Scored:
+    """The log-probability of T tokens by their logits [at least T, V], and how many of the first are the likeliest."""
+    import torch
+
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    logits = logits[: len(tokens)].float()
+    wanted = logits.gather(1, chosen)
+    agreed = (wanted == logits.amax(1, keepdim=True)).cumprod(0).sum()
+    return float((wanted - logits.logsumexp(1, keepdim=True)).double().sum()), int(agreed)
 
 
 def _attached(guard: Guard | None) -> Callable[[], AbstractContextManager[Any]]:
@@ -313,8 +339,9 @@ def _continuations(
 
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
     limits = [request.max_new_tokens for request in requests]
+    starts = [request.start[:limit] for request, limit in zip(requests, limits, strict=True)]
     slots = max(1, room.tokens // max(map(operator.add, map(len, prompts), limits)))
-    made = continuations(loaded, prompts, limits, slots, pick, _attached(guard)) if room.shares else None
+    made = continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard)) if room.shares else None
     if made is None:
         room.shares, made = False, []
         for start in range(0, len(prompts), slots):

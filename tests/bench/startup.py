@@ -17,7 +17,7 @@ COMMANDS = {
     "`ecoprompt optimize --help`": ["-m", "ecoprompt", "optimize", "--help"],
     "`ecoprompt evaluate nowhere` (no such recipe)": ["-m", "ecoprompt", "evaluate", "nowhere"],
     "`ecoprompt evaluate tofu --dry-run`": ["-m", "ecoprompt", "evaluate", "tofu", "--dry-run"],
-    "`ecoprompt evaluate tofu-ablation --dry-run` (54 runs)": ["-m", "ecoprompt", "evaluate", "tofu-ablation", "--dry-run"],
+    "`ecoprompt evaluate tofu-ablation --dry-run`": ["-m", "ecoprompt", "evaluate", "tofu-ablation", "--dry-run"],
     "`import ecoprompt`": ["-c", "import ecoprompt"],
     "`import torch, transformers`": ["-c", "import torch, transformers"],
 }  # fmt: skip
