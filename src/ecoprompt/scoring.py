@@ -340,7 +340,8 @@ def _continuations(
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
     limits = [request.max_new_tokens for request in requests]
     starts = [request.start[:limit] for request, limit in zip(requests, limits, strict=True)]
-    slots = max(1, room.tokens // max(map(operator.add, map(len, prompts), limits)))
+    # Twice as many as are scored at once: beside keys and values there is little.
+    slots = max(1, 2 * room.tokens // max(map(operator.add, map(len, prompts), limits)))
     made = continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard)) if room.shares else None
     if made is None:
         room.shares, made = False, []

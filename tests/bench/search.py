@@ -72,9 +72,9 @@ def search(options: argparse.Namespace, folder: Path, method: str, seed: int, st
     settings = (f"optimize.method={method}", f"seed={seed}", f"corruption.strength={start}")
     recipe = read(options, *settings, *(PUBLISHED if method == "published" else ()))
     started = time.perf_counter()
-    learned = optimize(recipe, folder / str(seed))
+    learned = optimize(recipe, folder)
     seconds = time.perf_counter() - started
-    quality = quality_of(recipe, learned.corruption, folder / str(seed))
+    quality = quality_of(recipe, learned.corruption, folder)
     count = len(learned.found.evaluations)
     strength = learned.corruption["strength"]
     print(f"{method} {start:g} seed {seed}: {count}, {strength:.4g}, {quality:.3g}", file=sys.stderr, flush=True)
@@ -135,13 +135,13 @@ def over_dims(options: argparse.Namespace, folder: Path) -> int:
     for seed in range(options.seeds):
         recipe = read(options, *settings, f"seed={seed}")
         tried = {
-            dims: quality_of(recipe, {"method": "zero_out_top_k", "dims": dims}, folder / str(seed))
+            dims: quality_of(recipe, {"method": "zero_out_top_k", "dims": dims}, folder)
             for dims in (*range(8, 160, 8), *range(160, 257, 16))
         }
         best = max(tried, key=lambda dims: tried[dims])
         line([str(seed), "grid", str(len(tried)), str(best), f"{tried[best]:.2g}"])
-        learned = optimize(recipe, folder / str(seed))
-        quality = quality_of(recipe, learned.corruption, folder / str(seed))
+        learned = optimize(recipe, folder)
+        quality = quality_of(recipe, learned.corruption, folder)
         count = len(learned.found.evaluations)
         line([str(seed), "search", str(count), str(learned.corruption["dims"]), f"{quality:.2g}"])
     return 0
