@@ -62,7 +62,7 @@ def test_it_evaluates_what_it_learned_on_rows_that_the_search_did_not_read(searc
     learned, folder = searched
     found = evaluate(read(), folder)
     strength = learned.corruption["strength"]
-    told = f'the corruption is the one that was learned: rand_noise_first_n, {{"dims": 1, "strength": {strength}}}'
+    told = f'learned: rand_noise_first_n, {{"dims": 1, "strength": {strength}}}; used by eco'
     assert found.notes == [told]
     _, apart = held_out(read(), read().optimize)
     evaluated = {row["index"] for row in found.rows if row["forget"]}
@@ -163,7 +163,7 @@ def test_the_target_is_what_the_retain_model_scores(tmp_path, metric):
     recipe = read(f"optimize.metric={metric}")
     table, corruption = search_of(recipe)
     objective = Objective(recipe, table, corruption, Store(tmp_path / "store.jsonl"))
-    retain = module._retain_model(recipe, table)
+    retain = module._retain_run(recipe, table)
     objective.compare_with(retain, module.quiet)
     objective.attach(None, module.quiet)
     assert objective.read == {"truth_ratio"} if metric != "forget_probability" else {"probability"}
@@ -176,11 +176,11 @@ def test_the_target_is_what_the_retain_model_scores(tmp_path, metric):
 
 def test_a_surrogate_stands_for_the_retain_model():
     recipe = read("optimize.surrogate=quickstart")
-    assert module._retain_model(recipe, recipe.optimize).name == "quickstart-retain"
+    assert module._retain_run(recipe, recipe.optimize).model.name == "quickstart-retain"
     alone = read("optimize.surrogate=quickstart", "run={ eco = { forget = true } }")
-    assert module._retain_model(alone, alone.optimize).name == "quickstart"
+    assert module._retain_run(alone, alone.optimize).model.name == "quickstart"
     without = read("optimize.target=0.2", "run={ eco = { forget = true } }")
-    assert module._retain_model(without, without.optimize) is None
+    assert module._retain_run(without, without.optimize) is None
 
 
 def test_the_search_is_drawn(searched, tmp_path):
@@ -224,7 +224,7 @@ def test_a_recipe_without_a_search_is_refused(tmp_path):
 def test_evaluated_before_it_is_searched_the_recipe_counts(tmp_path):
     recipe = read("evaluate.limit=2", "corruption.strength=3.0")
     found = evaluate(recipe, tmp_path)
-    assert found.notes == ["[optimize] has not been run yet, so [corruption] is used as it stands"]
+    assert found.notes == ["[optimize] has not been run with these tables, so [corruption] is used as it stands"]
 
 
 def test_the_command_prints_the_path_and_what_it_found(searched, tmp_path):

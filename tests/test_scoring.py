@@ -68,7 +68,7 @@ def alone(model, tokenizer, request):
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_log_probabilities_are_those_of_each_row_alone(family_model, tokenizer, store, budget):
-    answer(Loaded(family_model, tokenizer, "fingerprint"), keyed(REQUESTS), store, batch_tokens=budget)
+    answer(Loaded(family_model, tokenizer, "fingerprint"), keyed(REQUESTS), store, room=Room(loaded, budget))
     for name, request in keyed(REQUESTS):
         total, tokens = alone(family_model, tokenizer, request)
         assert store.get(name)[:2] == [pytest.approx(total, abs=1e-5 * tokens), tokens]
@@ -138,7 +138,7 @@ def test_what_is_done_makes_room(loaded, store, monkeypatch):
     monkeypatch.setattr(scoring, "POOLED", 100)
     loaded.model.register_forward_hook(lambda module, args, out: widths.append(len(out.logits)))
     longest = max(len(encode(loaded.tokenizer, p)) + n for p, n in zip(prompts, limits, strict=True))
-    answer(loaded, keyed(requests), store, batch_tokens=2 * longest)
+    answer(loaded, keyed(requests), store, room=Room(loaded, 2 * longest))
     assert max(widths) == 2
     assert len(widths) < sum(max(pair) for pair in zip(limits[::2], limits[1::2], strict=True))
     for name, request in keyed(requests):
@@ -153,7 +153,7 @@ def test_samples_are_the_same_in_any_batch_and_order(family_model, tokenizer, st
     loaded = Loaded(family_model, tokenizer, "fingerprint")
     answer(loaded, keyed(SAMPLES), store)
     again = Store(tmp_path / "again.jsonl")
-    answer(loaded, keyed(SAMPLES[::-1][:-3]), again, batch_tokens=budget)
+    answer(loaded, keyed(SAMPLES[::-1][:-3]), again, room=Room(loaded, budget))
     assert {name: again.get(name) for name, _ in keyed(SAMPLES[3:])} == {
         name: store.get(name) for name, _ in keyed(SAMPLES[3:])
     }
@@ -381,14 +381,14 @@ def test_a_restart_gives_the_same_bits(loaded, store, keyword_gate, guarded):
     corruption = {"method": "rand_noise_first_n", "dims": 4, "strength": 5.0}
     spec = Forget(keyword_gate, corruption, tokens={"select": "all", "scope": "sequence"})
     spared = guard(loaded.model, loaded.tokenizer, spec) if guarded else None
-    answer(loaded, keyed(every), store, spared, batch_tokens=60)
+    answer(loaded, keyed(every), store, spared, room=Room(loaded, 60))
     lines = store.path.read_bytes().splitlines(keepends=True)
     values = {name: store.get(name) for name, _ in keyed(every)}
     assert len(lines) > 3
     for kept in (lines[:0], lines[:3], lines[1::2], [*lines[:2], lines[2][:-10]], lines[-2:]):
         store.path.write_bytes(b"".join(kept))
         again = Store(store.path)
-        answer(loaded, keyed(every), again, spared, batch_tokens=60)
+        answer(loaded, keyed(every), again, spared, room=Room(loaded, 60))
         assert {name: again.get(name) for name in values} == values
         assert {name: Store(store.path).get(name) for name in values} == values
 

@@ -17,9 +17,9 @@ from ecoprompt.pack import TrainedGate, make_forget
 from ecoprompt.recipe import Recipe, Run, digest
 from ecoprompt.registry import Progress, benchmarks, metrics
 from ecoprompt.results import Store
-from ecoprompt.scoring import Request, Sample, answer, log_prob
+from ecoprompt.scoring import Request, Room, Sample, answer, log_prob
 from ecoprompt.template import fill
-from ecoprompt.verdicts import Verdicts
+from ecoprompt.verdicts import REMEMBERED, Verdicts
 
 JUDGED = 64
 """Prompts that a gate judges at a time where no model is asked."""
@@ -76,6 +76,7 @@ class Asking:
         self.claimed = claimed
         self._prepared: dict[str, list[Prepared]] = {}
         self._verdicts: dict[str, Verdicts] = {}
+        self._room = Room(loaded, recipe.model.batch_tokens)
 
     def ask(self, run: Run, trained: TrainedGate | None, progress: Progress) -> tuple[list[Asked], float]:
         """Ask all rows in the state of `run`; returns what was asked and the seconds that computing it took."""
@@ -86,8 +87,8 @@ class Asking:
         asked = [_asked(self.loaded, run, *pair) for pair in zip(prepared, decisions, strict=True)]
         seconds = self._compute(run, guard, asked, progress)
         if guard is not None and run.gate is not None and run.gate.check == "answer":
-            for number in _refuted(guard, prompts, asked, self.store):
-                (decision,) = guard.decide([prompts[number]])
+            refuted = _refuted(guard, prompts, asked, self.store)
+            for number, decision in zip(refuted, guard.decide([prompts[row] for row in refuted]), strict=True):
                 again = {name: prepared[number].wanted[name] for name in GENERATED if name in asked[number].keys}
                 made = _asked(self.loaded, run, replace(prepared[number], wanted=again), decision)
                 asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=prepared[number].wanted)
@@ -112,8 +113,11 @@ class Asking:
         forget = replace(forget, check="prompt")
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         shared = f"{id(trained)}:{digest(run.gate, run.tokens)}"
-        verdicts = self._verdicts.setdefault(shared, Verdicts(forget, tokenizer))
-        return Guard(model, tokenizer, forget, verdicts)
+        if run.gate.check == "answer":  # what the answers of one run gave away is not the next run's
+            return Guard(model, tokenizer, forget)
+        if shared not in self._verdicts:
+            self._verdicts[shared] = Verdicts(forget, tokenizer, max(REMEMBERED, len(self.items)))
+        return Guard(model, tokenizer, forget, self._verdicts[shared])
 
     def _compute(self, run: Run, guard: Guard | None, asked: Sequence[Asked], progress: Progress) -> float:
         """Compute what no other run does; returns the seconds that it took."""
@@ -123,7 +127,7 @@ class Asking:
             new = {key: one for row in rows for key, one in row.requests() if key not in self.claimed}
             self.claimed.update(new)
             todo = list(new.items())
-            seconds += answer(self.loaded, todo, self.store, attached, run.model.batch_tokens, progress)
+            seconds += answer(self.loaded, todo, self.store, attached, self._room, progress)
         return seconds
 
 

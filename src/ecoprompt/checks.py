@@ -8,6 +8,9 @@ from typing import Any
 from ecoprompt.registry import InputError, benchmarks, corruptions, nearest, show
 from ecoprompt.template import template_names
 
+STRENGTHS = (0.01, 1000.0)
+"""The bounds of a strength that is searched for, unless the recipe says others."""
+
 
 def check_runs(raw: Mapping[str, Any]) -> list[str]:
     """What runs need and neither they nor the other tables say."""
@@ -117,9 +120,27 @@ def check_optimize(raw: Mapping[str, Any]) -> list[str]:
     runs = raw.get("run")
     if target == "retain" and "surrogate" not in table and not (isinstance(runs, dict) and "retain" in runs):
         problems.append("'optimize.target': there is neither [run.retain] nor [optimize] surrogate to take it from")
+    compares = metric in columns and any(metric in one.aggregates for one in known)
+    if compares and "surrogate" not in table and not (isinstance(runs, dict) and "retain" in runs):
+        problems.append(f"'optimize.metric': '{metric}' needs [run.retain] or [optimize] surrogate to compare with")
     if target == "chance" and metric in columns and not any(one.chance(str(metric)) for one in known):
         problems.append(f"'optimize.target': '{metric}' has no value that chance gives; say a number")
     return problems + _check_parameter(raw, table)
+
+
+def _check_start(corruption: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """What is wrong with where the search starts."""
+    parameter, bounds = table.get("parameter", "strength"), table.get("bounds")
+    start = corruption.get(parameter)
+    if isinstance(start, list) and table.get("vector") is not True:
+        return [f"'corruption.{parameter}': found a list, where the search of one number starts; say `vector = true`"]
+    low, high = bounds if isinstance(bounds, list) and len(bounds) == 2 else STRENGTHS
+    numbers = [one for one in (start if isinstance(start, list) else [start]) if isinstance(one, (int, float))]
+    known = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    known = known and (parameter == "strength" or bounds is not None)  # the most dims are the model's
+    if known and not all(low <= one <= high for one in numbers):
+        return [f"'corruption.{parameter}': found {show(start)}, where a search from {low} to {high} cannot start"]
+    return []
 
 
 def _check_parameter(raw: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
@@ -134,9 +155,10 @@ def _check_parameter(raw: Mapping[str, Any], table: Mapping[str, Any]) -> list[s
             problems.append(f"'optimize.parameter': '{method}' has no '{parameter}'; {nearest(str(parameter), takes)}")
     if table.get("vector") is True and table.get("parameter", "strength") != "strength":
         problems.append("'optimize.vector': only a strength can be one for each dimension")
+    if method is not None and isinstance(corruption, dict):
+        problems += _check_start(corruption, table)
     bounds = table.get("bounds")
-    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds):
-        least = 0 if table.get("scale", "log") == "linear" else None
-        if not bounds[0] < bounds[1] or bounds[0] < 0 or (least is None and bounds[0] == 0):
-            problems.append(f"'optimize.bounds': found {show(bounds)}, expected two numbers above 0, the smaller first")
+    pair = bounds if isinstance(bounds, list) and all(isinstance(bound, (int, float)) for bound in bounds) else []
+    if len(pair) == 2 and not 0 < pair[0] < pair[1]:
+        problems.append(f"'optimize.bounds': found {show(bounds)}, expected two numbers above 0, the smaller first")
     return problems

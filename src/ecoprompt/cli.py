@@ -153,9 +153,11 @@ def optimize(
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    from ecoprompt.optimize import draw, optimize, search_of
+    from ecoprompt.optimize import check_plot, draw, optimize, search_of
 
     search_of(loaded)
+    if plot:
+        check_plot()
     if dry_run:
         _print_plan(loaded, json)
         return
@@ -290,6 +292,8 @@ def _print_plan(recipe: Any, json: bool) -> None:
     for benchmark, rows in planned["rows"].items():
         counts = ", ".join(f"{subset} {'?' if count is None else count}" for subset, count in rows.items())
         print(f"# rows of {benchmark}: {counts}")
+    if "search" in planned:
+        print(f"# search: {', '.join(f'{name} {value}' for name, value in planned['search'].items())}")
     print(f"# devices: {planned['devices']}")
 
 

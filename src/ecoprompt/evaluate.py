@@ -22,6 +22,7 @@ from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
 from ecoprompt.results import Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
+from ecoprompt.sweep import key_path
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
@@ -89,9 +90,26 @@ def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[R
         return runs, []
     learned = learned_corruption(recipe, output)
     if learned is None:
-        return runs, ["[optimize] has not been run yet, so [corruption] is used as it stands"]
-    own = [replace(run, corruption=learned) if run.corruption == recipe.corruption else run for run in runs]
-    return own, [f"the corruption is the one that was learned: {learned.method}, {to_json(learned.parameters, None)}"]
+        return runs, ["[optimize] has not been run with these tables, so [corruption] is used as it stands"]
+    searched = (recipe.model, recipe.gate, recipe.tokens, recipe.seed)
+    chosen = {
+        run.name
+        for run in runs
+        if (run.model, run.gate, run.tokens, run.seed) == searched and _takes_corruption(recipe, run)
+    }
+    told = (
+        f"learned: {learned.method}, {to_json(learned.parameters, None)}; used by {', '.join(sorted(chosen)) or 'none'}"
+    )
+    return [replace(run, corruption=learned) if run.name in chosen else run for run in runs], [told]
+
+
+def _takes_corruption(recipe: Recipe, run: Run) -> bool:
+    """Whether a run is corrupted as [corruption] says, and neither as a table of its own nor as a sweep does."""
+    name = run.name.partition("[")[0]
+    swept = any(
+        path[0] == "corruption" or path[:3] == ["run", name, "corruption"] for path in map(key_path, recipe.sweep)
+    )
+    return recipe.run[name].corruption is None and not swept
 
 
 def _conclude(
@@ -161,7 +179,22 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
         "devices": _devices(),
+        **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
+
+
+def _planned_search(recipe: Recipe) -> dict[str, Any]:
+    """What `optimize` would do: its settings and how many rows it reads."""
+    table = recipe.optimize
+    assert table is not None
+    rows: dict[str, int | None] = {}
+    for entry, benchmark, forget_set, root in tables_of(recipe):
+        counts = benchmark.dry_rows(forget_set, root)
+        for name in benchmark.forget_columns().get(table.metric, ([], []))[0]:
+            count = counts[name]
+            rows[name] = _at_most(None if count is None else round(table.held_out * count), _limit(entry, name))
+    named = ("metric", "target", "parameter", "method", "budget")
+    return {name: getattr(table, name) for name in named} | {"rows": rows}
 
 
 def _at_most(count: int | None, limit: int | None) -> int | None:
@@ -196,12 +229,15 @@ def _limit(table: EvaluateTable, subset: str) -> int | None:
 def _items(recipe: Recipe) -> list[Item]:
     """All rows that every run is asked; those that a search read are not."""
     held_out = recipe.optimize.held_out if recipe.optimize else 0.0
-    return [
+    found = [
         item
         for table, benchmark, forget_set, root in tables_of(recipe)
         for subset in benchmark.subsets
         for item in benchmark.items(subset, forget_set, root, _limit(table, subset), recipe.seed, held_out)
     ]
+    if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
+        raise InputError(f"'optimize.held_out': a share of {held_out} leaves no row of the forget set to evaluate")
+    return found
 
 
 def _by_model(runs: Sequence[Run]) -> list[list[Run]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,15 @@ import numpy as np
 
 from ecoprompt.asking import Asking, row_of
 from ecoprompt.benchmarks import Benchmark, Item
+from ecoprompt.checks import STRENGTHS
 from ecoprompt.corruption import dimensions
 from ecoprompt.evaluate import RETAIN, STORE, tables_of, values_of
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
-from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, resolve_runs
+from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
 from ecoprompt.results import Store, to_png, write_bytes_atomic
 from ecoprompt.zeroth import Found, Measured, Space, minimise
-
-STRENGTHS = (0.01, 1000.0)
-"""The bounds of a strength, unless the recipe says others."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     killed goes on where it was.
     """
     table, corruption = search_of(recipe)
-    retain = _retain_model(recipe, table)
-    for model in (recipe.model, retain):  # before any work: a wrong name is not to be found out an hour later
+    retain = _retain_run(recipe, table)
+    for model in (recipe.model, retain.model if retain else None):  # before any work, not an hour later
         if model is not None:
             locate(model.name or "")
     objective = Objective(recipe, table, corruption, Store(output / recipe.name / STORE))
@@ -55,7 +56,7 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     if retain is not None:
         objective.compare_with(retain, progress)
     objective.attach(trained, progress)
-    searched = searched_by(recipe)
+    searched, identity = searched_by(recipe), objective.identity()
     found = minimise(
         objective,
         objective.start,
@@ -65,16 +66,19 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
         budget=table.budget,
         tolerance=table.tolerance,
         seed=recipe.seed,
-        trace=output / recipe.name / f"optimize-{searched}.jsonl",
-        identity=searched,
+        trace=output / recipe.name / f"optimize-{identity}.jsonl",
+        identity=identity,
         progress=progress,
     )
     best = objective.corruption_at(found.best.parameter)
+    reached = found.best.metric
+    if found.best.seed != recipe.seed:  # of a method that draws anew: what holds for the noise of the recipe?
+        reached = objective(np.asarray(found.best.parameter), recipe.seed).metric
     learned = {"method": best.method, **best.parameters}
     about = {
         "metric": table.metric,
         "target": objective.target,
-        "reached": found.best.metric,
+        "reached": reached,
         "rows": len(objective.items),
         "search": table.method,
         "evaluations": len(found.evaluations),
@@ -91,14 +95,15 @@ def search_of(recipe: Recipe) -> tuple[OptimizeTable, CorruptionTable]:
     return recipe.optimize, recipe.corruption
 
 
-def _retain_model(recipe: Recipe, table: OptimizeTable) -> ModelTable | None:
-    """The model that tells what the metric should be: that of [run.retain], else the surrogate, if there is one."""
+def _retain_run(recipe: Recipe, table: OptimizeTable) -> Run | None:
+    """The run that tells what the metric should be: [run.retain], else one of the surrogate, if there is one."""
     for run in resolve_runs(recipe):
         if run.name.partition("[")[0] == RETAIN:
-            return run.model
+            return run
     if table.surrogate is None:
         return None
-    return recipe.model.model_copy(update={"name": table.surrogate, "revision": None, "tokenizer": None})
+    named = {"name": table.surrogate, "revision": None, "tokenizer": None}
+    return Run(RETAIN, recipe.model.model_copy(update=named))
 
 
 def held_out(recipe: Recipe, table: OptimizeTable) -> tuple[Benchmark, list[Item]]:
@@ -126,10 +131,21 @@ class Objective:
         self.benchmark, self.items = held_out(recipe, table)
         self.read = frozenset(self.benchmark.forget_columns()[table.metric][1])
         self.reference: Mapping[str, np.ndarray] | None = None
+        self._compared = ""
 
-    def compare_with(self, retain: ModelTable, progress: Progress) -> None:
-        """Take the values of the retain model for what the metric is compared with."""
-        self.reference = self._values(self._asking(retain), Run(RETAIN, retain), None, progress)
+    def compare_with(self, retain: Run, progress: Progress) -> None:
+        """Take the values of the retain run for what the metric is compared with."""
+        asking = self._asking(retain.model)
+        self.reference = self._values(asking, retain, None, progress)
+        self._compared = asking.loaded.fingerprint
+        del asking
+        gc.collect()  # two models need not be in memory at once
+
+    def identity(self) -> str:
+        """A digest of all that decides what the objective is at a parameter: tables, models, rows, version."""
+        rows = [(item.prompt, item.target, item.reference, item.alternatives) for item in self.items]
+        models = (self.asking.loaded.fingerprint, self._compared)
+        return digest(searched_by(self.recipe), models, self.target, rows, version("ecoprompt"))
 
     def attach(self, trained: TrainedGate, progress: Progress) -> None:
         """Load the model that is to be guarded, and settle the target, the space and where the search starts."""
@@ -188,15 +204,20 @@ class Objective:
         return float(found)
 
 
+def check_plot() -> None:
+    """Raises InputError without matplotlib: before a search, not after it."""
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'ecoprompt[plot]'")
+
+
 def draw(recipe: Recipe, learned: Learned, output: Path = OUTPUT) -> Path:
     """The file that is written: a picture of the distance from the target over the parameter, with the search's path.
 
     Of a vector, its geometric mean stands for it. Raises InputError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'ecoprompt[plot]'") from None
+    check_plot()
+    from matplotlib.figure import Figure
+
     table, _ = search_of(recipe)
     made = learned.found.evaluations
     values = [float(np.exp(np.log(one.parameter).mean())) for one in made]

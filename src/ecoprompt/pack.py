@@ -77,7 +77,8 @@ def obtain_gate(
     """The gate that `table` describes: from the recipe's pack if it was trained on the same data in the same way, else
     trained, calibrated, measured and written there. A published classifier is loaded from where it is."""
     if table.parameters.get("classifier") is not None and not isinstance(table.threshold, Calibration):
-        return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [])
+        about = {"trained": {"settings": {"classifier": table.parameters["classifier"]}}}
+        return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [], about)
     data = _gate_data(recipe)
     trained_on = _trained_on(table, seed, data)
     folder = pack_folder(recipe, table, seed, output)
@@ -89,9 +90,8 @@ def obtain_gate(
                 about = {name: stored[name] for name in ABOUT if name in stored}
                 trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"], about)
                 spec = {name: stored[name] for name in SPEC if name in stored}
-                if LEARNED in stored and stored[LEARNED]["digest"] == searched_by(recipe):
-                    spec["corruption"] = _spec(recipe).get("corruption")
-                if _spec(recipe) != spec or _reading(table).items() - stored["gate"].items():
+                changed = _spec(recipe) != spec or _reading(table).items() - stored["gate"].items()
+                if changed and LEARNED not in stored:  # what was learned stays until it is searched or trained anew
                     _save_if_possible(folder, recipe, trained, seed, trained_on, table)
                 return trained
         except (InputError, KeyError, TypeError):  # damaged, so it is made again
@@ -101,11 +101,29 @@ def obtain_gate(
     return trained
 
 
+def _is_published(table: GateTable) -> bool:
+    """Whether a gate is a classifier of others as it stands."""
+    return table.parameters.get("classifier") is not None and not isinstance(table.threshold, Calibration)
+
+
 def searched_by(recipe: Recipe) -> str:
-    """A digest of all that determines which corruption a search finds, but for what lies in data and models' files."""
+    """A digest of all in a recipe that decides what a corruption scores in its search, and where the search starts."""
     tables = recipe.document()
-    parts = [tables.get(name) for name in ("optimize", "corruption", "tokens", "gate", "model", "evaluate", "seed")]
-    return digest(*parts, tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain"))
+    model, optimize = ({**tables.get(name, {})} for name in ("model", "optimize"))
+    for table, unimportant in ((model, ("batch_tokens", "device_map")), (optimize, ("budget", "tolerance"))):
+        for name in unimportant:
+            table.pop(name, None)
+    parts = [tables.get(name) for name in ("corruption", "tokens", "gate", "seed")]
+    read = [
+        entry for entry in recipe.evaluate if optimize.get("metric") in benchmarks[entry.benchmark].forget_columns()
+    ]
+    limits = []
+    for entry in read:
+        subsets, _ = benchmarks[entry.benchmark].forget_columns()[optimize["metric"]]
+        limit = entry.limit if isinstance(entry.limit, dict) else dict.fromkeys(subsets, entry.limit)
+        limits.append([entry.benchmark, {name: limit.get(name) for name in subsets}])
+    forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
+    return digest(model, optimize, limits, forget, retain, *parts)
 
 
 def save_learned(
@@ -115,7 +133,7 @@ def save_learned(
     import tomli_w
 
     folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
-    if not (folder / PACK).is_file():  # a published gate, which needs no pack until now
+    if _is_published(recipe.gate):  # which has no pack by itself, or one from a search with other tables
         save_pack(folder, recipe, trained, recipe.seed, "")
     document = _read_pack(folder) | {"corruption": dict(corruption), LEARNED: dict(about)}
     write_card(folder, _title(recipe), document)
@@ -252,6 +270,9 @@ def save_pack(
         "tradeoff": trained.about.get("tradeoff", {}),
         "measured": trained.measured,
     }
+    if learned_corruption(recipe, folder.parents[1]) is not None and (table or recipe.gate) == recipe.gate:
+        stored = _read_pack(folder)
+        document |= {name: stored[name] for name in ("corruption", LEARNED)}
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     trained.gate.save(beside / "gate")

@@ -154,7 +154,7 @@ def continuations(
     """
     ends = _ends(loaded.model)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    made = [list(start) for start in starts]
+    made = [_whole(start, ends) for start in starts]
     waiting = deque(row for row in range(len(prompts)) if not _is_done(made[row], limits[row], ends))
     active: list[int] = []
     state: Prefill | None = None
@@ -189,6 +189,12 @@ def _read_each_once(
         return found
     place = {prompt: number for number, prompt in enumerate(different)}
     return found.select([place[tuple(prompt)] for prompt in prompts])
+
+
+def _whole(start: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """`start` up to where it ends the text."""
+    end = next((place for place, token in enumerate(start) if token in ends), len(start))
+    return list(start[: end + 1])
 
 
 def _is_done(made: Sequence[int], limit: int, ends: frozenset[int]) -> bool:

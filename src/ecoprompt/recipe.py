@@ -44,7 +44,8 @@ class ModelTable(Table):
     )
     batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="padded tokens of a batch; by itself: 8192 on a CPU, 65536 on a GPU, halved when memory is out",
+        description="padded tokens that are scored at once, of generations twice as many; by itself: what fits the "
+        "memory, at most 8192 on a CPU and 65536 on a GPU, halved when memory is out",
     )
 
 
@@ -133,7 +134,9 @@ class OptimizeTable(Table):
     )
     scale: Literal["log", "linear"] = Field("log", description="in which steps are alike")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.25, description="share of the forget set's rows that the search reads and `evaluate` leaves out"
+        0.25,
+        description="share of the forget set's rows that the search reads and `evaluate` leaves out; a `limit` counts "
+        "on each side",
     )
     budget: Annotated[int, Field(ge=1)] = Field(16, description="evaluations of the metric at most")
     tolerance: Annotated[float, Field(ge=0)] = Field(0.01, description="how near the target is near enough")

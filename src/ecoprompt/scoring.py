@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from ecoprompt.guard import Guard
     from ecoprompt.sampling import Drawing
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever prompts, answers or scores come to be made in another way, so that old results are not mixed in."""
 MOST_TOKENS = 8192
 """Padded tokens of a batch on a CPU, where more gain nothing; on a GPU it may be eight times as many."""
 CPU_LOGITS, GPU_LOGITS = 1 << 26, 1 << 29
 """Logits that may be computed at once."""
 POOLED = 4
-"""How many times as many generations are made and stored as one as there are going on at once."""
+"""How many times the tokens of a batch one of generations holds, which is stored whole."""
+GOING_ON = 2
+"""How many times its tokens are generated at once: beside keys and values there is little."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """The token ids of a prompt and of what follows it."""
 Scored = tuple[float, int]
@@ -41,7 +43,7 @@ Scored = tuple[float, int]
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask of a model: the log-probability of `completion` after `prompt`, or a greedy generation.
+    """One thing to ask of a model: the log-probability of `completion` after `prompt`, or a generation.
 
     Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion; its first tokens may be known, as
     its `start`.
@@ -83,16 +85,16 @@ def answer(
     requests: Sequence[tuple[str, Request]],
     store: Store,
     guard: Guard | None = None,
-    batch_tokens: int | None = None,
+    room: Room | None = None,
     progress: Progress = quiet,
 ) -> float:
     """Compute the requests, each under its key, and put the results into `store`; returns the seconds they took.
 
     `guard` is one that is not attached: it is where a prompt is read. Batches are formed of all the requests before it
     is asked which are stored, and are stored whole, so that a restart computes what is missing in the batches of a
-    run that went through, and gets the same numbers to the last bit.
+    run that went through, and gets the same numbers to the last bit, unless memory was out in one of them.
     """
-    room = Room(loaded, batch_tokens)
+    room = room or Room(loaded)
     unique = dict(requests)
     done = 0
     for kind, (compute, doing) in KINDS.items():
@@ -133,7 +135,7 @@ class Room:
     def __init__(self, loaded: Loaded, tokens: int | None = None) -> None:
         self.first = self.tokens = tokens or _affordable(loaded.model)
         cuda = loaded.model.device.type == "cuda"
-        self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // loaded.model.config.get_text_config().vocab_size
+        self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // _table(loaded.model)[0]
         self.shares = True
 
     def width(self, tokens: int, read: int) -> int:
@@ -192,10 +194,16 @@ def _affordable(model: PreTrainedModel) -> int:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    config = model.config.get_text_config()
-    layers, hidden = (getattr(config, name, None) or 1 for name in ("num_hidden_layers", "hidden_size"))
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1
+    hidden = _table(model)[1]
     token = 4 * layers * hidden * model.dtype.itemsize  # keys and values, and as much again while they are computed
     return int(max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // token)))
+
+
+def _table(model: PreTrainedModel) -> tuple[int, int]:
+    """(tokens, hidden size) of a model's input embedding."""
+    tokens, hidden = model.get_input_embeddings().weight.shape
+    return int(tokens), int(hidden)
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -308,7 +316,7 @@ def _score(logits: Tensor, tokens: Sequence[int]) -> Scored:
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     logits = logits[: len(tokens)].float()
     wanted = logits.gather(1, chosen)
-    agreed = (wanted == logits.amax(1, keepdim=True)).cumprod(0).sum()
+    agreed = (logits.argmax(1, keepdim=True) == chosen).cumprod(0).sum()
     return float((wanted - logits.logsumexp(1, keepdim=True)).double().sum()), int(agreed)
 
 
@@ -340,8 +348,7 @@ def _continuations(
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
     limits = [request.max_new_tokens for request in requests]
     starts = [request.start[:limit] for request, limit in zip(requests, limits, strict=True)]
-    # Twice as many as are scored at once: beside keys and values there is little.
-    slots = max(1, 2 * room.tokens // max(map(operator.add, map(len, prompts), limits)))
+    slots = max(1, GOING_ON * room.tokens // max(map(operator.add, map(len, prompts), limits)))
     made = continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard)) if room.shares else None
     if made is None:
         room.shares, made = False, []

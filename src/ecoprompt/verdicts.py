@@ -20,15 +20,17 @@ REMEMBERED = 1 << 14
 class Verdicts:
     """What a forget spec decides of prompts, each put to its gate and its token selector once.
 
-    Guards that share it may differ in corruption and seed. A question that an answer gave away is flagged for all of
-    them. Threads may share it too; those that ask the same at the same moment may both put it to the gate.
+    It keeps the `size` latest of each. Guards that share it may differ in corruption and seed. A question that an
+    answer gave away is flagged for all of them. Threads may share it too; those that ask the same at the same moment
+    may both put it to the gate.
     """
 
-    def __init__(self, forget: Forget, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, forget: Forget, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
+        self.size = size or REMEMBERED
         self.forget = forget
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._decided, self._extended = _Memory(), _Memory()
+        self._decided, self._extended = _Memory(self.size), _Memory(self.size)
         self._overruled: dict[str, float] = {}
 
     def check_shared(self, forget: Forget, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,12 +81,16 @@ class Verdicts:
                 while len(self._overruled) > REMEMBERED:
                     self._overruled.pop(next(iter(self._overruled)))
                 # What other threads are deciding as before ends up in the memories that are left behind.
-                self._decided, self._extended = _Memory(), _Memory()
+                self._decided, self._extended = _Memory(self.size), _Memory(self.size)
         return [read in flagged for read, _ in judged]
 
 
 class _Memory(OrderedDict[Any, Any]):
-    """The REMEMBERED entries that were put in or recalled last."""
+    """The `size` entries that were put in or recalled last."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
 
     def recall(self, key: Any) -> Any:
         """The entry, None if there is none."""
@@ -96,5 +102,5 @@ class _Memory(OrderedDict[Any, Any]):
     def keep(self, entries: Mapping[Any, Any]) -> None:
         """Put the entries in, and those that have long not been asked for out."""
         self.update(entries)
-        while len(self) > REMEMBERED:
+        while len(self) > self.size:
             self.popitem(last=False)

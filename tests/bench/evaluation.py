@@ -1,6 +1,6 @@
 """Times TOFU's evaluation and its ablation, ours against a straightforward loop, as Markdown tables.
 
-`python tests/bench/evaluation.py [--part setting|ablation|memory] [--settings 3] [--rounds 3] [--limit N]`. The loop
+`python tests/bench/evaluation.py [--part setting|ablation|memory] [--settings 3] [--rounds 3] [--every N]`. The loop
 takes the rows in batches of 64 in the order of the file, makes one forward pass for each candidate answer with the
 logits of all positions, calls `generate` until a whole batch is done, and asks the gate at every call. Both compute the
 same numbers, as is checked.
@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[2]
 BATCH = 64
+ROWS = {"forget": 400, "retain": 300, "real_authors": 100, "world_facts": 117}
 MODELS = {"run.retain.model": "models/tofu-mini-retain90", "model.name": "models/tofu-mini-full"}
 
 
@@ -35,7 +36,9 @@ def main() -> int:
     parser.add_argument("--scored", nargs=2, metavar=("WAY", "VOCABULARY"), help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=int, default=3, help="settings of the ablation that the loop is timed on")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=int, help="rows of each subset, for a try")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="a seeded sample of one row in N, of all subsets"
+    )
     options = parser.parse_args()
     if not (options.shared / "data/tofu").is_dir():
         print(f"evaluation: no folder {options.shared / 'data/tofu'}; --shared names where data/ lies", file=sys.stderr)
@@ -53,7 +56,8 @@ def recipe_of(name: str, options: argparse.Namespace) -> Any:
 
     places = {"data.root": "data", **MODELS}
     overrides = [f"{key}='{(options.shared / place).resolve()}'" for key, place in places.items()]
-    overrides += [f"evaluate.limit={options.limit}"] if options.limit else []
+    rows = ", ".join(f"{name} = {max(1, count // options.every)}" for name, count in ROWS.items())
+    overrides += [f"evaluate.limit={{ {rows} }}"]
     return load_recipe(str(ROOT / "tests/recipes" / name), overrides)
 
 
