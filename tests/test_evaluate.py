@@ -615,6 +615,13 @@ def test_answers_are_checked_and_made_anew(whole, root, tmp_path, monkeypatch, a
         assert row["generation"] == expected[place]["generation"]
         assert row["values"]["probability"] == pytest.approx(plain[place]["values"]["probability"], rel=1e-5)
     assert checked.summary["runs"]["eco"]["gate"]["false_negatives"] == 0
+    # What the answers of one corruption gave away is not the next one's: both are asked alike.
+    more = '[sweep]\n"corruption.strength" = [20.0, 21.0]\n'
+    if not alone:
+        swept = evaluate(read(root, tmp_path, "gate.check=answer", more=more), tmp_path)
+        for strength in ("20.0", "21.0"):
+            for place, row in by_row(swept, f"eco[corruption.strength={strength}]").items():
+                assert row["values"]["probability"] == pytest.approx(plain[place]["values"]["probability"], rel=1e-5)
     if not alone:
         assert {place: row["generation"] for place, row in by_row(checked, "original").items()} == {
             place: row["generation"] for place, row in plain.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -13,10 +14,11 @@ from ecoprompt import optimize as module
 from ecoprompt import recipe as recipes
 from ecoprompt import scoring
 from ecoprompt.cli import app
-from ecoprompt.evaluate import evaluate, plan
+from ecoprompt.evaluate import _with_learned as _learned_runs
+from ecoprompt.evaluate import evaluate, plan, runs_of
 from ecoprompt.models import aliases
 from ecoprompt.optimize import Objective, draw, held_out, optimize, search_of
-from ecoprompt.pack import learned_corruption, load_pack
+from ecoprompt.pack import learned_corruption, load_pack, obtain_gate, train_classifier
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import InputError
 from ecoprompt.results import Store
@@ -73,11 +75,42 @@ def test_it_evaluates_what_it_learned_on_rows_that_the_search_did_not_read(searc
     assert plan(read())["rows"]["quickstart"]["forget"] == len(evaluated)
 
 
+def test_what_is_learned_takes_no_other_corruption_s_place(searched):
+    """Not of a point of a sweep, not of a run with its own, nor of a run on another model."""
+    learned, folder = searched
+    strength = learned.corruption["strength"]
+    swept, _ = _with_learned(read('sweep={ "corruption.strength" = [0.1, 1.0] }'), folder)
+    assert swept == {"eco[corruption.strength=0.1]": 0.1, "eco[corruption.strength=1.0]": 1.0}
+    own = 'run.own={ forget = true, corruption = { method = "rand_noise_first_n", strength = 0.1 } }'
+    other = 'run.other={ forget = true, model = "quickstart-retain" }'
+    runs, notes = _with_learned(read(own, other), folder)
+    assert runs == {"eco": strength, "own": 0.1, "other": 0.1}
+    assert notes[0].endswith("; used by eco")
+
+
+def _with_learned(recipe, folder):
+    runs, notes = _learned_runs(recipe, runs_of(recipe), folder)
+    return {run.name: run.corruption.parameters["strength"] for run in runs if run.guarded}, notes
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.batch_tokens=512", "optimize.budget=9", "optimize.tolerance=0.5", "evaluate.limit={ retain = 3 }"],
+)
+def test_what_does_not_touch_the_search_leaves_what_it_learned(searched, tmp_path, override):
+    learned, folder = searched
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    assert learned_corruption(read(override), tmp_path) is not None
+    obtain_gate(read(override), read(override).gate, 0, tmp_path)
+    train_classifier(read(override), tmp_path)
+    assert tomllib.loads((tmp_path / NAME / "pack" / "forget.toml").read_text())["corruption"] == learned.corruption
+
+
 def test_another_recipe_has_learned_nothing(searched):
     _, folder = searched
     for override in (
         "corruption.strength=0.2",
-        "optimize.tolerance=0.5",
+        "optimize.held_out=0.5",
         "data.forget=quickstart/people",
         "tokens.scope=prompt",
     ):
@@ -203,6 +236,14 @@ def test_the_search_is_drawn(searched, tmp_path):
         (["optimize.bounds=[0, 1]"], "expected two numbers above 0, the smaller first"),
         (["optimize.points=3"], "has no key 'points'"),
         (["optimize.held_out=1.5"], "expected a number below 1"),
+        (["corruption.strength=0.001"], "found 0.001, where a search from 0.01 to 1000.0 cannot start"),
+        (["optimize.bounds=[1, 5]"], "found 0.1, where a search from 1 to 5 cannot start"),
+        (["corruption.strength=[0.1]"], "say `vector = true`"),
+        (["optimize.scale=linear", "optimize.bounds=[0, 1]"], "expected two numbers above 0"),
+        (
+            ["optimize.metric=ks_statistic", "optimize.target=0.1", "run={ eco = { forget = true } }"],
+            "'ks_statistic' needs [run.retain] or [optimize] surrogate to compare with",
+        ),
         (["run={ eco = { forget = true } }"], "neither [run.retain] nor [optimize] surrogate"),
     ],
 )
@@ -219,6 +260,19 @@ def test_a_recipe_without_a_search_is_refused(tmp_path):
     assert done.exit_code == 2
     with pytest.raises(InputError, match="leaves no row"):
         held_out(read("optimize.held_out=0.001"), read("optimize.held_out=0.001").optimize)
+
+
+def test_a_search_of_all_rows_leaves_none_to_evaluate(tmp_path):
+    with pytest.raises(InputError, match="leaves no row of the forget set to evaluate"):
+        evaluate(read("optimize.held_out=0.995"), tmp_path)
+
+
+def test_a_published_gate_s_pack_follows_the_recipe(tmp_path):
+    """A pack that a search left is written anew with the gate of the next."""
+    gate = 'gate={ kind = "linear", threshold = THRESHOLD }'
+    for threshold in (0.5, 0.7):
+        recipe = read(gate.replace("THRESHOLD", str(threshold)), "optimize.budget=1")
+        assert load_pack(optimize(recipe, tmp_path).pack).threshold == threshold
 
 
 def test_evaluated_before_it_is_searched_the_recipe_counts(tmp_path):

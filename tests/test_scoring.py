@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import architectures
@@ -336,6 +337,20 @@ def test_what_was_scored_as_likeliest_is_not_generated_again(loaded, store, tmp_
     assert again.get(every[1][0]) == store.get(every[1][0])
     assert len(steps) == 1 + limit - right
     assert every[1][1].key("x", None) == replace(every[1][1], start=(1, 2)).key("x", None)
+
+
+def test_of_tokens_that_are_alike_the_first_is_the_likeliest():
+    """As `argmax` chooses it; another that is as likely is not what a model would have said."""
+    logits = torch.tensor([[1.0, 5.0, 5.0], [2.0, 1.0, 0.0]])
+    assert scoring._score(logits, (1, 0))[1] == 2
+    assert scoring._score(logits, (2, 0))[1] == 0
+    assert scoring._score(logits, (1, 0))[0] == pytest.approx(float(logits.log_softmax(-1)[[0, 1], [1, 0]].sum()))
+
+
+def test_a_start_ends_where_it_ends_the_text(loaded):
+    end = loaded.tokenizer.eos_token_id
+    made = prefill.continuations(loaded, [[5, 6]], [[7, end, 8]], [9], 1, lambda *args: None, contextlib.nullcontext)
+    assert made == [[7, end]]
 
 
 def test_keys_differ_by_all_that_determines_a_result():
