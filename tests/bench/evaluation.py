@@ -114,7 +114,8 @@ def ablation(options: argparse.Namespace) -> int:
         print(f"| {name} | {seconds:.0f} | {seconds / ours:.1f} |")
     spread = ", ".join(f"{seconds:.0f}" for seconds in each)
     print(f"\nThe loop took {spread} s on {len(chosen)} of the settings; their median stands for each of them.")
-    own = {run: {k: v for k, v in rows.items() if "quality" not in k and "ks_" not in k} for run, rows in found.items()}
+    compared = set(loop.benchmark.aggregates) - {"model_utility"}  # with the retain run, which was not asked again
+    own = {run: {name: value for name, value in rows.items() if name not in compared} for run, rows in found.items()}
     return compare(base | own, summary)
 
 
