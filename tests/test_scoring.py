@@ -69,7 +69,8 @@ def alone(model, tokenizer, request):
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_log_probabilities_are_those_of_each_row_alone(family_model, tokenizer, store, budget):
-    answer(Loaded(family_model, tokenizer, "fingerprint"), keyed(REQUESTS), store, room=Room(loaded, budget))
+    loaded = Loaded(family_model, tokenizer, "fingerprint")
+    answer(loaded, keyed(REQUESTS), store, room=Room(loaded, budget))
     for name, request in keyed(REQUESTS):
         total, tokens = alone(family_model, tokenizer, request)
         assert store.get(name)[:2] == [pytest.approx(total, abs=1e-5 * tokens), tokens]
@@ -139,7 +140,7 @@ def test_what_is_done_makes_room(loaded, store, monkeypatch):
     monkeypatch.setattr(scoring, "POOLED", 100)
     loaded.model.register_forward_hook(lambda module, args, out: widths.append(len(out.logits)))
     longest = max(len(encode(loaded.tokenizer, p)) + n for p, n in zip(prompts, limits, strict=True))
-    answer(loaded, keyed(requests), store, room=Room(loaded, 2 * longest))
+    answer(loaded, keyed(requests), store, room=Room(loaded, longest))
     assert max(widths) == 2
     assert len(widths) < sum(max(pair) for pair in zip(limits[::2], limits[1::2], strict=True))
     for name, request in keyed(requests):

@@ -90,9 +90,8 @@ def test_an_answer_is_decided_by_where_its_prompt_ends(tokenizer, keyword_gate):
         assert [shared.extend(decision, ids, length) for _ in range(2)] == [expected] * 2
 
 
-def test_the_oldest_are_forgotten(tokenizer, forget, gated, selected, monkeypatch):
-    shared = Verdicts(forget, tokenizer)
-    monkeypatch.setattr(verdicts, "REMEMBERED", 2)
+def test_the_oldest_are_forgotten(tokenizer, forget, gated, selected):
+    shared = Verdicts(forget, tokenizer, 2)
     secret, plain, short = ([tokenizer.encode(text)] for text in (SECRET, PLAIN, SHORT))
     for prompts in (secret, plain, secret, short, secret, plain):
         shared.decide(prompts)

@@ -145,7 +145,7 @@ def optimize(
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Search for the strength or the dims of a recipe's corruption.
+    """Learn a corruption's strength or dims.
 
     The metric that [optimize] names is brought to its target on a held-out part of the forget set, and what is found
     is written into the forget pack. Started again after an interruption, it goes on where it was.
