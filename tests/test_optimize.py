@@ -158,8 +158,8 @@ def test_what_a_search_computed_another_finds(searched, monkeypatch):
 
 @pytest.mark.parametrize("method", ["published", "spsa", "grid"])
 def test_every_method_can_search(tmp_path, method):
-    found = optimize(read(f"optimize.method={method}", "optimize.budget=5"), tmp_path)
-    assert 1 <= len(found.found.evaluations) <= 5
+    found = optimize(read(f"optimize.method={method}", "optimize.budget=3"), tmp_path)
+    assert 1 <= len(found.found.evaluations) <= 3
     assert found.about["search"] == method
     assert found.found.best.objective == min(one.objective for one in found.found.evaluations)
 
@@ -183,9 +183,9 @@ def hidden_size():
 
 def test_a_vector_has_a_strength_for_each_dimension(searched, tmp_path):
     learned, _ = searched
-    overrides = ("corruption.dims=4", "optimize.tolerance=0.0", "optimize.budget=12")
+    overrides = ("corruption.dims=4", "optimize.tolerance=0.0", "optimize.budget=8")
     scalar = optimize(read(*overrides), tmp_path)
-    vector = optimize(read(*overrides, "optimize.vector=true", "optimize.budget=24"), tmp_path)
+    vector = optimize(read(*overrides, "optimize.vector=true", "optimize.budget=12"), tmp_path)
     assert len(vector.corruption["strength"]) == 4
     assert vector.found.best.objective <= scalar.found.best.objective
     assert load_pack(vector.pack).corruption == vector.corruption
