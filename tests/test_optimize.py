@@ -275,8 +275,7 @@ def test_a_search_of_all_rows_leaves_none_to_evaluate(tmp_path):
         evaluate(read("optimize.held_out=0.995"), tmp_path)
 
 
-def test_a_published_gate_s_pack_follows_the_recipe(tmp_path):
-    """A pack that a search left is written anew with the gate of the next."""
+def test_a_pack_that_a_search_left_is_written_anew_for_the_gate_of_the_next(tmp_path):
     gate = 'gate={ kind = "linear", threshold = THRESHOLD }'
     for threshold in (0.5, 0.7):
         recipe = read(gate.replace("THRESHOLD", str(threshold)), "optimize.budget=1")

@@ -168,7 +168,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
                 counts[name] = count - round(held_out * count)
-        rows[benchmark.name] = {name: _at_most(count, _limit(table, name)) for name, count in counts.items()}
+        rows[benchmark.name] = {name: _at_most(count, table.limit_of(name)) for name, count in counts.items()}
     if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
         root = Path(recipe.data.root) if recipe.data.root else None
         benchmark, forget_set = parse_forget(recipe.data.forget)
@@ -192,7 +192,7 @@ def _planned_search(recipe: Recipe) -> dict[str, Any]:
         counts = benchmark.dry_rows(forget_set, root)
         for name in benchmark.forget_columns().get(table.metric, ([], []))[0]:
             count = counts[name]
-            rows[name] = _at_most(None if count is None else round(table.held_out * count), _limit(entry, name))
+            rows[name] = _at_most(None if count is None else round(table.held_out * count), entry.limit_of(name))
     named = ("metric", "target", "parameter", "method", "budget")
     return {name: getattr(table, name) for name in named} | {"rows": rows}
 
@@ -222,10 +222,6 @@ def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, Forget
         yield table, benchmark, named[1] if named and named[0].name in (benchmark.name, benchmark.of) else None, root
 
 
-def _limit(table: EvaluateTable, subset: str) -> int | None:
-    return table.limit.get(subset) if isinstance(table.limit, dict) else table.limit
-
-
 def _items(recipe: Recipe) -> list[Item]:
     """All rows that every run is asked; those that a search read are not."""
     held_out = recipe.optimize.held_out if recipe.optimize else 0.0
@@ -233,7 +229,7 @@ def _items(recipe: Recipe) -> list[Item]:
         item
         for table, benchmark, forget_set, root in tables_of(recipe)
         for subset in benchmark.subsets
-        for item in benchmark.items(subset, forget_set, root, _limit(table, subset), recipe.seed, held_out)
+        for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
         raise InputError(f"'optimize.held_out': a share of {held_out} leaves no row of the forget set to evaluate")

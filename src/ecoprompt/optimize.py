@@ -111,9 +111,8 @@ def held_out(recipe: Recipe, table: OptimizeTable) -> tuple[Benchmark, list[Item
     for entry, benchmark, forget_set, root in tables_of(recipe):
         subsets, _ = benchmark.forget_columns().get(table.metric, ([], []))
         if subsets:
-            limit = entry.limit if isinstance(entry.limit, dict) else dict.fromkeys(subsets, entry.limit)
             apart: dict[str, Any] = {"seed": recipe.seed, "held_out": table.held_out, "held": True}
-            rows = [benchmark.items(name, forget_set, root, limit.get(name), **apart) for name in subsets]
+            rows = [benchmark.items(name, forget_set, root, entry.limit_of(name), **apart) for name in subsets]
             if not all(rows):
                 raise InputError(f"'optimize.held_out': a share of {table.held_out} leaves no row to search on")
             return benchmark, [item for some in rows for item in some]

@@ -120,8 +120,7 @@ def searched_by(recipe: Recipe) -> str:
     limits = []
     for entry in read:
         subsets, _ = benchmarks[entry.benchmark].forget_columns()[optimize["metric"]]
-        limit = entry.limit if isinstance(entry.limit, dict) else dict.fromkeys(subsets, entry.limit)
-        limits.append([entry.benchmark, {name: limit.get(name) for name in subsets}])
+        limits.append([entry.benchmark, {name: entry.limit_of(name) for name in subsets}])
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
     return digest(model, optimize, limits, forget, retain, *parts)
 

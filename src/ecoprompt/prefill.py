@@ -30,9 +30,6 @@ class Prefill:
     mask: Tensor
     logits: Tensor
 
-    def __len__(self) -> int:
-        return len(self.mask)
-
     def select(self, rows: Sequence[int]) -> Prefill:
         """These rows, in this order and as often as they are named, without columns that none of them has."""
         index = torch.tensor(rows, device=self.mask.device)

@@ -117,6 +117,10 @@ class EvaluateTable(Table):
         None, description="rows of a seeded sample, for every subset or by subset; default: all rows"
     )
 
+    def limit_of(self, subset: str) -> int | None:
+        """How many rows of a subset are read at most; None for all."""
+        return self.limit.get(subset) if isinstance(self.limit, dict) else self.limit
+
 
 class OptimizeTable(Table):
     """The search for the corruption's strength or dims, from where `[corruption]` starts; the other keys are the
