@@ -8,7 +8,7 @@ quickstart: $(STAMP)
 	$(BIN)/ecoprompt evaluate quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --durations=10
 
 check: $(STAMP)
 	$(BIN)/ruff check .

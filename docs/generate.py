@@ -20,6 +20,7 @@ from ecoprompt.benchmarks import Benchmark, Subset
 from ecoprompt.cli import app
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
+from ecoprompt.own import OwnBenchmark
 from ecoprompt.recipe import OPEN, Recipe, shipped
 from ecoprompt.registry import Registry, aggregates, benchmarks, metrics, pressures
 from ecoprompt.sources import GateTexts
@@ -105,6 +106,8 @@ def recipes_page() -> str:
         inner = _table_of(field)
         if inner:
             parts += _recipe_table(name, field, schema["$defs"][inner], schema)
+    own = OwnBenchmark.model_json_schema()
+    parts += ["## [benchmark.NAME]", _sentence(own["description"]), keys(own["properties"], own["required"], own)]
     headings = {"corruption": "Corruptions", "tokens": "Token selectors", "gate": "Gate kinds"}
     for name, heading in {**headings, "optimize": "Search methods"}.items():
         choice, registry, _ = OPEN[name]
@@ -368,6 +371,8 @@ def _value(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, dict):
+        return "`{ " + ", ".join(f'{name} = "{one}"' for name, one in value.items()) + " }`"
     if isinstance(value, list):
         return "`[" + ", ".join(f'"{one}"' for one in value) + "]`"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"

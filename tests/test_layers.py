@@ -23,7 +23,6 @@ ORDER = (
         "template",
         "sweep",
         "checks",
-        "recipe",
         "corruption",
         "losses",
         "metrics",
@@ -36,6 +35,8 @@ ORDER = (
     ]
     + [
         "benchmarks",
+        "own",
+        "recipe",
         "results",
         "tables",
         "tokens",

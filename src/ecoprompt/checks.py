@@ -63,10 +63,11 @@ def _check_subject(raw: Mapping[str, Any], number: int, name: str) -> list[str]:
 def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with the names of benchmarks, of their subsets and of the forget set."""
     problems = []
+    broken = set(raw["benchmark"] if isinstance(raw.get("benchmark"), dict) else ()) - set(benchmarks)
     entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
     for number, entry in enumerate(entries):
         name = entry.get("benchmark") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
+        if not isinstance(name, str) or name in broken:
             continue
         if name not in benchmarks:
             problems.append(f"'evaluate.{number}.benchmark': no benchmark '{name}'; {nearest(name, benchmarks)}")
@@ -94,9 +95,9 @@ def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
     forget = data.get("forget")
     if isinstance(forget, str):
         name, _, forget_set = forget.partition("/")
-        if name not in benchmarks:
+        if name not in benchmarks and name not in broken:
             problems.append(f"'data.forget': no benchmark '{name}'; {nearest(name, benchmarks)}")
-        elif forget_set not in benchmarks[name].forget_sets:
+        elif name in benchmarks and forget_set not in benchmarks[name].forget_sets:
             known = [f"{name}/{known}" for known in benchmarks[name].forget_sets]
             problems.append(f"'data.forget': no forget set '{forget}'; {nearest(forget, known)}")
     return problems

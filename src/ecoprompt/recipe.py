@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
+from ecoprompt.own import declare_own
 from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, searches, selectors
 from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
 
@@ -163,6 +164,7 @@ class Recipe(Table):
     optimize: OptimizeTable | None = None
     run: dict[str, RunTable] = {}
     evaluate: list[EvaluateTable] = []
+    benchmark: dict[str, dict[str, Any]] = Field({}, description="benchmarks of your own, by name")
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="dotted key = list of values: one run for each combination"
     )
@@ -243,7 +245,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """Check the plain tables of a recipe; `where` names their source in messages. All mistakes at once."""
-    problems = check_sweep(raw)
+    problems = [*check_sweep(raw), *declare_own(raw, Path(where).parent)]
     written, told = dict(raw), set[str]()
     if not problems:
         try:

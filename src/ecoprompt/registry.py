@@ -95,6 +95,10 @@ class Registry(Mapping[str, Any]):
         """Enter something that is declared, not programmed, under `name`."""
         if name in self._items:
             raise ValueError(f"{self.kind} '{name}' is registered twice")
+        self.put(name, item)
+
+    def put(self, name: str, item: Any) -> None:
+        """Enter something under `name`, in place of what is there."""
         self._items[name] = item
 
     def _load(self) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Benchmarks that a recipe declares: on the user's own files in a few keys, or whole as in benchmarks.toml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from ecoprompt.benchmarks import Benchmark, MetricName, declare
+from ecoprompt.registry import InputError, benchmarks, describe
+from ecoprompt.sources import Table, Template, Texts
+
+TEXT_FILE = ".txt"
+"""The suffix of a text, which is read in passages: the first sentence of each asks for the rest."""
+_declared: set[str] = set()
+
+
+Files = str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+class OwnBenchmark(Table):
+    """What is to be forgotten and what is to be kept, in files of your own.
+
+    They are CSV, JSON lines, JSON, Parquet or text, beside the recipe. Rows and texts alike train the gate and are
+    evaluated. With `subsets` or `gate`, it is a table as those of benchmarks.toml instead.
+    """
+
+    forget: Files = Field(description="file of what is to be forgotten, or a list of files")
+    retain: Files = Field(description="file of what is to be kept, the more like the former the better; or a list")
+    prompt: Template = Field("{{ question }}", description="template of a prompt over the columns of a row")
+    answer: str = Field("answer", description="column of the true answer")
+    targets: Texts = Field((), description="names of what is to be forgotten, for `{{ targets }}` in a run's prefix")
+    metrics: dict[str, MetricName] = Field(
+        {"rouge": "rouge_l_recall", "probability": "answer_probability"}, description="what is measured of an answer"
+    )
+    max_length: Annotated[int, Field(ge=1)] = Field(256, description="tokens of a prompt and its answer at most")
+
+    def declaration(self) -> dict[str, Any]:
+        """The same as a table of benchmarks.toml, with the forget set `forget`."""
+        forget, retain = _subsets("forget", self.forget), _subsets("retain", self.retain)
+        subsets = {
+            name: self._subset(file) | ({"forget": True} if name in forget else {})
+            for name, file in (forget | retain).items()
+        }
+        return {
+            "title": "The user's own files",
+            "folder": "",
+            "prompt": self.prompt,
+            "max_length": self.max_length,
+            "columns": [f"{name}_{metric}" for name in subsets for metric in self.metrics],
+            "forget_sets": {"forget": {"retain": "retain", "targets": self.targets}},
+            "subsets": subsets,
+            "gate": {
+                "positive": [text for file in forget.values() for text in self._texts(file)],
+                "negative": [text for file in retain.values() for text in self._texts(file)],
+            },
+        }
+
+    def _subset(self, file: str) -> dict[str, Any]:
+        text = file.endswith(TEXT_FILE)
+        prompt, answer = ("{{ first_sentence }}", "rest") if text else (self.prompt, self.answer)
+        return {"config": file, "prompt": prompt, "answer": answer, "metrics": self.metrics}
+
+    def _texts(self, file: str) -> list[dict[str, Any]]:
+        if file.endswith(TEXT_FILE):
+            return [{"config": file, "field": field} for field in ("first_sentence", "text")]
+        return [{"config": file, "prompt": self.prompt}]
+
+
+def _subsets(kind: str, files: Files) -> dict[str, str]:
+    """Files by the names of their subsets: `kind`, or of several files `kind` and theirs."""
+    if isinstance(files, str):
+        return {kind: files}
+    return {re.sub(r"\W", "_", f"{kind}_{Path(file).stem}"): file for file in files}
+
+
+def declare_own(raw: Mapping[str, Any], base: Path) -> list[str]:
+    """Enter the benchmarks under [benchmark.NAME] of a recipe in the folder `base`; returns what is wrong with them.
+
+    One that an earlier recipe has declared under the same name is replaced.
+    """
+    tables = raw.get("benchmark", {})
+    problems = []
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        where = f"benchmark.{name}"
+        if name in benchmarks and name not in _declared:
+            problems.append(f"'{where}': '{name}' is a benchmark that comes with the package, choose another name")
+        elif isinstance(table, dict):
+            try:
+                benchmarks.put(name, _declared_by(name, table, base, where))
+                _declared.add(name)
+            except InputError as error:
+                problems += error.problems
+    return problems
+
+
+def _declared_by(name: str, table: Mapping[str, Any], base: Path, where: str) -> Benchmark:
+    if "subsets" in table or "gate" in table:
+        return declare(name, table, base, where)
+    try:
+        own = OwnBenchmark.model_validate(dict(table))
+    except ValidationError as error:
+        raise InputError(*describe(error, OwnBenchmark, where, f"benchmark '{name}'")) from None
+    return declare(name, own.declaration(), base, where)

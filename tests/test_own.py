@@ -1,0 +1,159 @@
+"""Benchmarks of the user's own: from files of every kind, and the mistakes one can make in declaring them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ecoprompt.cli import app
+from ecoprompt.recipe import load_recipe, parse_recipe
+from ecoprompt.registry import InputError, benchmarks
+
+GUIDE = Path(__file__).parents[1] / "docs" / "your-data.md"
+ROWS = [{"question": "Who is Dorabella?", "answer": "A cat."}, {"question": "Where is Dorabella?", "answer": "Here."}]
+TEXT = "Dorabella is a cat that lives on a roof. She eats what the neighbours leave on their window sills."
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    cells = "".join(f"{row['question']},{row['answer']}\n" for row in ROWS)
+    (tmp_path / "rows.csv").write_text("question,answer\n" + cells, encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+def tables(**benchmark: Any) -> dict[str, Any]:
+    return {
+        "data": {"forget": "cats/forget"},
+        "evaluate": [{"benchmark": "cats"}],
+        "model": {"name": "quickstart"},
+        "run": {"original": {}},
+        "benchmark": {"cats": {"forget": "rows.csv", "retain": "rows.jsonl", **benchmark}},
+    }
+
+
+def problems(**benchmark: Any) -> str:
+    with pytest.raises(InputError) as raised:
+        parse_recipe(tables(**benchmark), "own.toml")
+    return "\n".join(raised.value.problems)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
+def test_rows_of_every_kind_are_asked_and_train_the_gate(files: Path, kind: str) -> None:
+    recipe = parse_recipe(tables(forget=f"rows.{kind}"), str(files / "own.toml"))
+    cats = benchmarks["cats"]
+    assert [item.prompt for item in cats.items("forget", "forget")] == [row["question"] for row in ROWS]
+    assert [item.target for item in cats.items("forget", "forget")] == ["A cat.", "Here."]
+    assert cats.gate_texts("forget").positive == [row["question"] for row in ROWS]
+    assert parse_recipe(recipe.document(), str(files / "own.toml")).document() == recipe.document()
+
+
+def test_a_text_is_asked_for_by_its_first_sentence(files: Path) -> None:
+    parse_recipe(tables(forget="text.txt"), "own.toml")
+    (item,) = benchmarks["cats"].items("forget", "forget")
+    assert item.prompt == "Dorabella is a cat that lives on a roof."
+    assert f"{item.prompt} {item.target}" == TEXT
+    assert benchmarks["cats"].gate_texts("forget").positive == [item.prompt, TEXT]
+
+
+def test_columns_may_be_called_anything(files: Path) -> None:
+    parse_recipe(tables(prompt="Say: {{ answer }}", answer="question"), "own.toml")
+    assert [(item.prompt, item.target) for item in benchmarks["cats"].items("retain", "forget")] == [
+        ("Say: A cat.", "Who is Dorabella?"),
+        ("Say: Here.", "Where is Dorabella?"),
+    ]
+
+
+def test_each_of_several_files_is_a_subset(files: Path) -> None:
+    parse_recipe(tables(forget=["text.txt", "rows.csv"]), "own.toml")
+    cats = benchmarks["cats"]
+    assert {name: subset.forget for name, subset in cats.subsets.items()} == {
+        "forget_text": True,
+        "forget_rows": True,
+        "retain": False,
+    }
+    assert len(cats.gate_texts("forget").positive) == 2 + len(ROWS)
+    assert cats.dry_rows("forget") == {"forget_text": 1, "forget_rows": 2, "retain": 2}
+
+
+def test_files_lie_beside_the_recipe(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "own.toml").write_text(
+        '[data]\nforget = "cats/forget"\n[benchmark.cats]\nforget = "rows.csv"\nretain = "rows.jsonl"\n'
+    )
+    monkeypatch.chdir("/")
+    load_recipe(str(files / "own.toml"))
+    assert benchmarks["cats"].dry_rows("forget") == {"forget": 2, "retain": 2}
+
+
+def test_a_whole_table_is_read_as_in_benchmarks_toml(files: Path) -> None:
+    subset = {"config": "rows.csv", "forget": True, "metrics": {"p": "answer_probability"}}
+    whole = {"folder": ".", "prompt": "{{ question }}", "max_length": 64, "forget_sets": {"all": {"retain": "none"}}}
+    raw = tables()
+    raw["benchmark"] = {"cats": {**whole, "subsets": {"here": subset}}}
+    raw["data"]["forget"] = "cats/all"
+    parse_recipe(raw, "own.toml")
+    assert len(benchmarks["cats"].items("here", "all")) == 2
+    raw["benchmark"]["cats"]["subsets"]["here"] = {**subset, "metrics": {"p": "answer_probabilty"}}
+    with pytest.raises(InputError, match=r"'benchmark.cats.subsets.here.metrics.p': .*answer_probabilty"):
+        parse_recipe(raw, "own.toml")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "told"),
+    [
+        (
+            {"retian": "rows.csv"},
+            "'benchmark.cats.retian': benchmark 'cats' has no key 'retian'; did you mean 'retain'?",
+        ),
+        ({"forget": []}, "'benchmark.cats.forget': found [], expected a text or at least 1 of them"),
+        ({"max_length": 0}, "'benchmark.cats.max_length': found 0, expected a number of at least 1"),
+        ({"prompt": "{{ question"}, "'benchmark.cats.prompt': "),
+        ({"metrics": {"rouge": "rogue"}}, "'benchmark.cats.metrics.rouge': there is no metric 'rogue'"),
+    ],
+)
+def test_mistakes_are_named_once(benchmark: dict[str, Any], told: str) -> None:
+    found = problems(**benchmark)
+    assert told in found
+    assert "no benchmark" not in found
+
+
+def test_shipped_names_are_taken() -> None:
+    raw = tables()
+    raw["benchmark"]["tofu"] = raw["benchmark"]["cats"]
+    with pytest.raises(InputError, match="'benchmark.tofu': 'tofu' is a benchmark that comes with the package"):
+        parse_recipe(raw, "own.toml")
+
+
+@pytest.mark.parametrize("heading", ["A product name", "A person", "A document"])
+def test_the_guide_works_as_written(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = GUIDE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    (script,) = re.findall(r"^```sh\n(.*?)^```", part, re.S | re.M)
+    for name, text in re.findall(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF$", script, re.S | re.M):
+        Path(name).write_text(text, encoding="utf-8")
+    flagged = []
+    for line in re.findall(r"^(?:echo|ecoprompt) .*$", script, re.M):
+        said, _, command = line.rpartition("ecoprompt ")
+        given = re.findall(r"'(.*)'", said)
+        done = CliRunner().invoke(app, command.split(), input=given[0] + "\n" if given else None)
+        assert done.exit_code == 0, done.output
+        flagged += [json.loads(done.stdout)["flagged"]] if given else []
+    assert all(flagged)
+    if heading == "A person":
+        runs = json.loads(Path("results/person/summary.json").read_text(encoding="utf-8"))["runs"]
+        assert runs["original"]["metrics"]["forget_rouge"] == 1
+        assert runs["eco"]["metrics"]["forget_rouge"] < 0.7
+        assert runs["eco"]["metrics"]["retain_rouge"] == runs["original"]["metrics"]["retain_rouge"]
