@@ -38,6 +38,7 @@ ORDER = (
     + [
         "benchmarks",
         "results",
+        "plots",
         "tables",
         "tokens",
         "gate_training",

@@ -287,22 +287,3 @@ def test_the_markdown_tables_are_whole(tmp_path):
     assert "| retain truth ratio ↓ | – | – | nan | – |" in lines
     assert "| gate: false positives | – | – | 0.001 | – |" in lines
     assert (tmp_path / "rows.jsonl").read_text() == ""
-
-
-def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
-    pytest.importorskip("matplotlib")
-    summary = {**SUMMARY, "runs": SUMMARY["runs"] | {"漢 $x_$": {"metrics": {"forget_quality": 0.5}}}}
-    write_results(tmp_path, summary, [])
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "matplotlib.pyplot" not in sys.modules
-
-
-def test_there_is_no_plot_of_nothing(tmp_path):
-    write_results(tmp_path, {"runs": {"retain": {"metrics": {"rouge": None}}}}, [])
-    assert not (tmp_path / "plot.png").exists()
-
-
-def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    paths = write_results(tmp_path, SUMMARY, [])
-    assert [path.name for path in paths] == ["table.csv", "table.md", "summary.json", "rows.jsonl"]

@@ -18,14 +18,13 @@ from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
-from ecoprompt.results import Store, count_rows, grid, to_json, write_results
+from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
 
-RETAIN = "retain"
-"""The run whose values the forget set's are compared with."""
 STORE = "scores.jsonl"
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
@@ -139,6 +138,7 @@ def _conclude(
         "seed": recipe.seed,
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
+        "tradeoff": _tradeoff(tables),
         "better": {name: way for table in tables for name, way in table.better().items()},
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
@@ -146,7 +146,19 @@ def _conclude(
         "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
-    return Evaluated(summary, flat, write_results(folder, summary, flat))
+    return Evaluated(summary, flat, [*write_results(folder, summary, flat), *write_plots(folder, summary)])
+
+
+def _tradeoff(tables: Sequence[Benchmark]) -> list[str]:
+    """The two columns of the trade-off plot: as a benchmark declares, else the first of the forget set and of others.
+
+    Where the tables show no column of one kind, they are the first two of the other.
+    """
+    columns = [column for table in tables for column in table.table_columns()]
+    forgotten = {name for table in tables for name in table.forget_columns()}
+    first = [next((name for name in columns if (name in forgotten) == of), "") for of in (True, False)]
+    declared = next((list(table.tradeoff) for table in tables if table.tradeoff), None)
+    return declared or (first if all(first) else columns[:2])
 
 
 def _retain(run: str, values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Results found by content, and the files and plots that show them."""
+"""Results found by content, and the files that show them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import io
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+RETAIN = "retain"
+"""The run whose values the forget set's are compared with."""
 ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
 
 
@@ -132,7 +130,7 @@ def number(value: Any) -> str:
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """Write table.csv, table.md, summary.json, rows.jsonl and, where matplotlib is installed, plot.png; their paths.
+    """Write table.csv, table.md, summary.json and rows.jsonl; their paths.
 
     `summary["runs"]` maps a run to its `metrics`, `seconds` and `gate`. Two keys are optional: `columns`, the
     metrics that the short tables show, and `better`, the direction of each metric.
@@ -145,10 +143,7 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
     }
     for name, text in texts.items():
         write_text_atomic(folder / name, text)
-    plot = _plot(summary)
-    if plot is not None:
-        write_bytes_atomic(folder / "plot.png", plot)
-    return [folder / name for name in (*texts, *(["plot.png"] if plot is not None else []))]
+    return [folder / name for name in texts]
 
 
 def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -299,47 +294,3 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
-
-
-def _plot(summary: Mapping[str, Any]) -> bytes | None:
-    """PNG with one panel a chosen metric and one point a run; None without matplotlib or without a number to show."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    runs = summary["runs"]
-    panels = {
-        name: [_coordinate(run["metrics"].get(name)) for run in runs.values()] for name in chosen_columns(summary)[:4]
-    }
-    panels = {name: points for name, points in panels.items() if not all(map(math.isnan, points))}
-    if not panels:
-        return None
-    figure = Figure(figsize=(2.5 + 2.6 * len(panels), 1.4 + 0.3 * len(runs)), layout="constrained")
-    for axes, (name, points) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        axes.plot(points, range(len(runs)), "o", color="tab:blue")
-        finite = [point for point in points if not math.isnan(point)]
-        if 0 < min(finite) < 0.001:
-            axes.set_xscale("log")
-        elif min(finite) >= 0 and max(finite) <= 1:
-            axes.set_xlim(-0.05, 1.05)
-        axes.set_title(heading_of(summary, name), fontsize="small", parse_math=False)
-        axes.set_yticks(range(len(runs)), list(runs), parse_math=False)
-        axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].invert_yaxis()
-    return to_png(figure)
-
-
-def to_png(figure: Figure) -> bytes:
-    """A matplotlib figure as a PNG file."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # A run's name may hold letters that the font lacks; the plot shows boxes in their place.
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def _coordinate(value: float | None) -> float:
-    return math.nan if value is None or not math.isfinite(value) else float(value)
