@@ -39,6 +39,8 @@ ORDER = (
         "benchmarks",
         "results",
         "plots",
+        "report",
+        "compare",
         "tables",
         "tokens",
         "gate_training",

@@ -21,6 +21,7 @@ from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
+from ecoprompt.report import examples
 from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
@@ -41,14 +42,9 @@ class Evaluated:
     def samples(self, count: int = 3) -> tuple[list[str], list[str], dict[str, list[str]]]:
         """(prompts, true answers, answers by run) of a few generations, forget set first, spread over its rows."""
         shown = [row for row in self.rows if "generation" in row]
-        first = [row for row in shown if row["forget"]] or shown
-        prompts = list(dict.fromkeys((row["subset"], row["index"]) for row in first))
-        chosen = prompts[:: max(1, len(prompts) // count)][:count]
-        rows = {(row["run"], row["subset"], row["index"]): row for row in shown}
-        runs = list(self.summary["runs"])
-        some = [rows[runs[0], *place] for place in chosen]
-        answers = {run: [rows[run, *place]["generation"] for place in chosen] for run in runs}
-        return [row["prompt"] for row in some], [row["target"] for row in some], answers
+        chosen = examples([row for row in shown if row["forget"]] or shown, count)
+        answers = {run: [one.answers[run]["generation"] for one in chosen] for run in self.summary["runs"]}
+        return [one.prompt for one in chosen], [one.target for one in chosen], answers
 
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:

@@ -8,7 +8,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
     metrics that the short tables show, and `better`, the direction of each metric.
     """
     texts = {
-        "table.csv": _csv(summary),
+        "table.csv": csv_table(summary),
         "table.md": _markdown(summary),
         "summary.json": to_json(summary) + "\n",
         "rows.jsonl": "".join(to_json(row, indent=None) + "\n" for row in rows),
@@ -232,10 +233,10 @@ def legend_of(summary: Mapping[str, Any], chosen: Sequence[str]) -> str | None:
     return ", ".join(f"{ARROWS[way]} {words[way]}" for way in ARROWS if way in present) or None
 
 
-def heading_of(summary: Mapping[str, Any], name: str, gap: str = " ") -> str:
+def heading_of(summary: Mapping[str, Any], name: str) -> str:
     """`name` in words, with the arrow of its direction."""
     arrow = ARROWS.get(summary.get("better", {}).get(name, ""))
-    return name.replace("_", gap) + (f" {arrow}" if arrow else "")
+    return name.replace("_", " ") + (f" {arrow}" if arrow else "")
 
 
 def _every(summary: Mapping[str, Any]) -> list[str]:
@@ -258,7 +259,7 @@ def seconds_of(run: Mapping[str, Any]) -> str:
     return "–" if run.get("seconds") is None else f"{run['seconds']:.1f}"
 
 
-def _csv(summary: Mapping[str, Any]) -> str:
+def csv_table(summary: Mapping[str, Any]) -> str:
     """All metrics, unrounded, one run a row."""
     every, gate_columns = _every(summary), _gate_columns(summary)
     file = io.StringIO()
@@ -271,26 +272,68 @@ def _csv(summary: Mapping[str, Any]) -> str:
     return file.getvalue()
 
 
+def cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The table of runs and chosen metrics, with standard errors where they are known, its head first."""
+    chosen = chosen_columns(summary)
+    cells = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
+    for name, run in summary["runs"].items():
+        cells.append([name, *(_with_error(run, column) for column in chosen), seconds_of(run)])
+    return cells
+
+
+def full_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The table of all metrics, with the runs as columns, its head first."""
+    runs = summary["runs"]
+    cells = [["metric", *runs]]
+    for name in _every(summary):
+        cells.append([heading_of(summary, name), *(_with_error(run, name) for run in runs.values())])
+    for name in _gate_columns(summary):
+        values = (number((run.get("gate") or {}).get(name)) for run in runs.values())
+        cells.append([f"gate: {name.replace('_', ' ')}", *values])
+    return cells
+
+
+def _with_error(run: Mapping[str, Any], column: str) -> str:
+    error = (run.get("errors") or {}).get(column)
+    return number(run["metrics"].get(column)) + ("" if error is None or math.isnan(error) else f" ± {number(error)}")
+
+
 def _markdown(summary: Mapping[str, Any]) -> str:
     """The table of the terminal, and below it all metrics with the runs as columns."""
-    runs, chosen = summary["runs"], chosen_columns(summary)
-    short = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
-    for name, run in runs.items():
-        short.append([name, *(number(run["metrics"].get(column)) for column in chosen), seconds_of(run)])
-    full = [["metric", *runs]]
-    for name in _every(summary):
-        full.append([heading_of(summary, name), *(number(run["metrics"].get(name)) for run in runs.values())])
-    for name in _gate_columns(summary):
-        full.append(
-            [f"gate: {name.replace('_', ' ')}", *(number((r.get("gate") or {}).get(name)) for r in runs.values())]
-        )
     legend = legend_of(summary, _every(summary))
     grids = [part for run, title, cells in grids_of(summary) for part in (f"{run}: {title}", markdown_table(cells))]
-    parts = [f"# {title_of(summary)}", markdown_table(short), *grids, markdown_table(full), legend or ""]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    tables = [markdown_table(cells_of(summary)), *grids, markdown_table(full_cells_of(summary))]
+    return "\n\n".join(filter(None, [f"# {title_of(summary)}", *tables, legend])) + "\n"
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"\\": r"\textbackslash{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "≈": r"$\approx$"}
+LATEX |= {"±": r"$\pm$", "–": "--"}
+
+
+def latex_table(cells: Sequence[Sequence[str]]) -> str:
+    """A tabular with the rules of the package booktabs."""
+    table = str.maketrans(LATEX)
+    head, *body = (" & ".join(_power(cell.translate(table)) for cell in row) + r" \\" for row in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
+
+
+def _power(cell: str) -> str:
+    """Scientific numbers as powers of ten."""
+    return re.sub(r"(?<![\w.])(\d\.\d)e([+-]\d+)", lambda found: rf"${found[1]} \times 10^{{{int(found[2])}}}$", cell)
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "csv": csv_table,
+    "markdown": lambda summary: markdown_table(cells_of(summary)) + "\n",
+    "latex": lambda summary: latex_table(cells_of(summary)) + "\n",
+}
+"""What a table can be printed as: all metrics unrounded, or the runs and chosen metrics."""
