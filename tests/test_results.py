@@ -17,7 +17,17 @@ import pytest
 from rich.console import Console
 
 from ecoprompt import cli, results
-from ecoprompt.results import FORMATS, Store, cells_of, key, number, to_json, write_results, write_text_atomic
+from ecoprompt.results import (
+    FORMATS,
+    Store,
+    cells_of,
+    key,
+    number,
+    paired_cells_of,
+    to_json,
+    write_results,
+    write_text_atomic,
+)
 from ecoprompt.tables import comparison_tables, gate_table, side_by_side, table
 
 SUMMARY = {
@@ -296,6 +306,22 @@ def test_standard_errors_stand_beside_the_values_where_there_is_room(tmp_path):
     write_results(tmp_path, {"runs": runs}, [])
     assert (tmp_path / "table.md").read_text(encoding="utf-8").count("0.500 ± 0.013") == 2
     assert "±" not in shown(table({"runs": runs}))
+
+
+def test_differences_to_the_original_run_stand_with_their_intervals(tmp_path):
+    runs = {
+        "original": {"metrics": {"x": 0.5, "y": 1.0}, "paired": None},
+        "eco": {"metrics": {"x": 0.25}, "paired": {"x": {"difference": -0.25, "low": -0.5, "high": 0.0, "p": 0.05}}},
+        "nan": {
+            "metrics": {"x": None},
+            "paired": {"x": {"difference": None, "low": math.nan, "high": None, "p": None}},
+        },
+    }
+    rows = [["difference to the original run", "eco", "nan"], ["x", "-0.250 (-0.500 to 0.000)", "– (nan to –)"]]
+    assert paired_cells_of({"runs": runs}) == rows
+    write_results(tmp_path, {"runs": runs}, [])
+    assert "| x | -0.250 (-0.500 to 0.000) |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert paired_cells_of(SUMMARY) == []
 
 
 def test_latex_is_booktabs_with_everything_escaped():

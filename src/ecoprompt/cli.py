@@ -189,7 +189,7 @@ class Format(StrEnum):
 
 def _recipe_or_comparison(context: typer.Context, recipe: str | None) -> str | None:
     if recipe is None and context.params.get("compare") is None:
-        raise typer.BadParameter("Missing argument 'RECIPE'.")
+        raise typer.BadParameter("Missing argument 'RECIPE', or --compare A B.")
     return recipe
 
 

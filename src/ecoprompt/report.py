@@ -15,6 +15,7 @@ from ecoprompt.results import (
     grids_of,
     legend_of,
     number,
+    paired_cells_of,
     title_of,
     write_text_atomic,
 )
@@ -71,6 +72,7 @@ def page(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         plot=_svg(summary),
         cells=cells_of(summary),
         full=full_cells_of(summary),
+        paired=paired_cells_of(summary),
         gate=_gate_cells(summary),
         grids=list(grids_of(summary)),
         examples=examples(forgotten, FORGOTTEN) + examples(others, OTHERS),

@@ -293,6 +293,23 @@ def full_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
     return cells
 
 
+def paired_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """How far runs are from the original one, with the 95 % intervals of paired rows, its head first; [] of none."""
+    runs = {name: run["paired"] for name, run in summary["runs"].items() if run.get("paired")}
+    cells = [["difference to the original run", *runs]] if runs else []
+    for name in _every(summary) if runs else ():
+        found = [paired.get(name) for paired in runs.values()]
+        if any(found):
+            cells.append([heading_of(summary, name), *map(_difference, found)])
+    return cells
+
+
+def _difference(found: Mapping[str, float | None] | None) -> str:
+    if not found:
+        return "–"
+    return "{} ({} to {})".format(*(number(found[part]) for part in ("difference", "low", "high")))
+
+
 def _with_error(run: Mapping[str, Any], column: str) -> str:
     error = (run.get("errors") or {}).get(column)
     return number(run["metrics"].get(column)) + ("" if error is None or math.isnan(error) else f" ± {number(error)}")
@@ -302,7 +319,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     """The table of the terminal, and below it all metrics with the runs as columns."""
     legend = legend_of(summary, _every(summary))
     grids = [part for run, title, cells in grids_of(summary) for part in (f"{run}: {title}", markdown_table(cells))]
-    tables = [markdown_table(cells_of(summary)), *grids, markdown_table(full_cells_of(summary))]
+    tables = [markdown_table(cells) for cells in (full_cells_of(summary), paired_cells_of(summary)) if cells]
+    tables = [markdown_table(cells_of(summary)), *grids, *tables]
     return "\n\n".join(filter(None, [f"# {title_of(summary)}", *tables, legend])) + "\n"
 
 
