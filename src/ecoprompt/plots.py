@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MARKED = 12
 """Points of a line that are told apart by their values."""
+LONGEST = 80
+"""Letters of the legend that fit beside each other."""
 
 
 @dataclass
@@ -91,7 +93,9 @@ def draw(summary: Mapping[str, Any]) -> Figure | None:
     rows = [["tradeoff"] * 2] * (len(shown) == 2) + [[f"{key}/{name}" for name in shown] for key in swept if shown]
     if not rows:
         return None
-    figure = Figure(figsize=(7, 1 + 3 * len(rows)), layout="constrained")
+    names = [line.name if len(line.name) <= LONGEST else f"{line.name[: LONGEST - 1]}…" for line in lines]
+    beside = max(1, min(4, LONGEST // (max(map(len, names)) + 7)))
+    figure = Figure(figsize=(7, 0.8 + 3 * len(rows) + 0.22 * -(-len(names) // beside)), layout="constrained")
     panels: dict[str, Axes] = figure.subplot_mosaic([row if len(row) == 2 else row * 2 for row in rows])
     if len(shown) == 2:
         _draw_tradeoff(panels["tradeoff"], summary, lines, *shown)
@@ -99,7 +103,7 @@ def draw(summary: Mapping[str, Any]) -> Figure | None:
         for name in shown:
             _draw_curve(panels[f"{key}/{name}"], summary, lines, key, name)
     handles = [panels[rows[0][0]].plot([], [], **line.style)[0] for line in lines]
-    legend = figure.legend(handles, [line.name for line in lines], loc="outside lower center", ncols=3)
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=beside)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a "$" in a run's name is no mathematics
     return figure
