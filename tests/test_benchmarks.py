@@ -308,6 +308,11 @@ def test_all_mistakes_of_a_table_come_at_once():
             "'small.columns.0': there is no column 'retain_roge'; did you mean 'retain_rouge'?",
         ),
         (
+            {"tradeoff": ["forget_ratio", "retain_roge"]},
+            "'small.tradeoff.1': there is no column 'retain_roge'; did you mean 'retain_rouge'?",
+        ),
+        ({"tradeoff": ["forget_ratio"]}, "'small.tradeoff': found "),
+        (
             {"aggregates": {"forget_quality": {"subset": "forgot"}}},
             "'small.aggregates.forget_quality': there is no subset 'forgot'; did you mean 'forget'?",
         ),

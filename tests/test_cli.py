@@ -26,6 +26,8 @@ import ecoprompt
 from ecoprompt import cli, recipe, terminal
 from ecoprompt import pack as pack_module
 from ecoprompt.cli import app
+from ecoprompt.evaluate import Evaluated
+from ecoprompt.results import FORMATS, write_results
 
 INTERRUPTIBLE = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ecoprompt.cli import main; main()"
@@ -83,6 +85,8 @@ def test_help_answers_at_once() -> None:
         ([], "Usage:"),
         (["evalaute"], "No such command 'evalaute'. Did you mean 'evaluate'?"),
         (["evaluate"], "Missing argument 'RECIPE'"),
+        (["evaluate", "quickstart", "--format", "html"], "'html' is not one of 'latex', 'markdown', 'csv'"),
+        (["evaluate", "--compare", "a"], "requires 2 arguments"),
         (["evaluate", "quickstart", "--jsn"], "No such option: --jsn"),
         (["evaluate", "quickstart", "--set"], "'--set' requires an argument"),
         (["chat"], "Missing option '--model'"),
@@ -381,3 +385,61 @@ def test_a_point_of_a_sweep_is_a_run(folder: Path) -> None:
         "eco[corruption.strength=1]",
         "eco[corruption.strength=5]",
     ]
+
+
+@pytest.fixture
+def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluated:
+    """What an evaluation of the quick start found, made up here, so that none is run."""
+    metrics = {"forget_quality": 0.25, "model_utility": 0.5}
+    summary = {
+        "runs": {name: {"metrics": metrics, "seconds": 1.0, "gate": None} for name in ("retain", "eco")},
+        "better": dict.fromkeys(metrics, "higher"),
+        "resolved": {"seed": 0},
+        "versions": {},
+        "hardware": {"machine": "", "threads": 1, "gpus": []},
+        **{"recipe": "quickstart", "forget": None, "seed": 0},
+    }
+    place = {"benchmark": "b", "subset": "s", "index": 0, "forget": True, "prompt": "Q", "target": "A"}
+    rows = [{"run": run, **place, "flagged": False, "values": {"rouge": 0.5}} for run in summary["runs"]]
+    found = Evaluated(summary, rows, write_results(folder / "results" / "quickstart", summary, rows))
+    monkeypatch.setattr("ecoprompt.evaluate.evaluate", lambda *arguments: found)
+    return found
+
+
+@pytest.mark.parametrize("form", ["latex", "markdown", "csv"])
+def test_the_table_is_printed_in_a_format_and_nothing_else(evaluated: Evaluated, form: str) -> None:
+    result = runner.invoke(app, ["evaluate", "quickstart", "--format", form])
+    assert (result.exit_code, result.stdout) == (0, FORMATS[form](evaluated.summary))
+    assert result.stderr.startswith("written: ")
+
+
+def test_the_report_is_written_on_request(evaluated: Evaluated) -> None:
+    result = runner.invoke(app, ["evaluate", "quickstart", "--report", "--json"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["recipe"] == "quickstart"
+    assert "<title>quickstart</title>" in Path("results/quickstart/report.html").read_text(encoding="utf-8")
+
+
+def test_two_results_are_compared(evaluated: Evaluated) -> None:
+    both = ["evaluate", "--compare", "quickstart", "results/quickstart"]
+    result = runner.invoke(app, both)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "A: results/quickstart" in result.stdout
+    assert "forget quality ↑  0.250  0.250  0.000" in result.stdout
+    document = json.loads(runner.invoke(app, [*both, "--json"]).stdout)
+    assert document["runs"]["eco"]["forget_quality"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--compare", "nowhere", "nowhere"], "ecoprompt: --compare nowhere: found no results"),
+        (["quickstart", "--compare", "quickstart", "quickstart"], "expected --output or --json alone"),
+        (["--compare", "quickstart", "quickstart", "--report"], "expected --output or --json alone"),
+        (["quickstart", "--json", "--format", "csv"], "--json and --format: expected one of the two"),
+    ],
+)
+def test_what_does_not_go_together_is_one_message(evaluated: Evaluated, arguments: list[str], told: str) -> None:
+    result = runner.invoke(app, ["evaluate", *arguments])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert told in result.stderr

@@ -77,7 +77,7 @@ def test_readme_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest
     Path("my.toml").write_text(blocks("toml")[0], encoding="utf-8")
     _, name, *arguments = shlex.split(command)
     found: Any = typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
-    if "recipe" in found.params:
+    if found.params.get("recipe") is not None:  # none with `evaluate --compare`
         load_recipe(found.params["recipe"], found.params["set_"] or [])
 
 

@@ -13,7 +13,7 @@ from conftest import make_model, make_tokenizer
 
 from ecoprompt import scoring
 from ecoprompt.benchmarks import declare
-from ecoprompt.evaluate import STORE, evaluate, plan
+from ecoprompt.evaluate import STORE, _tradeoff, evaluate, plan
 from ecoprompt.metrics import rouge_l_recall
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import InputError, benchmarks
@@ -150,6 +150,7 @@ def test_the_summary_holds_what_is_promised(whole):
         "other_prompts": 12,
     }
     assert summary["resolved"] == recipe.document()
+    assert summary["tradeoff"] == ["forget_quality", "model_utility"]
     assert {"torch", "ecoprompt"} <= summary["versions"].keys()
     assert {path.name for path in found.files} >= {"table.csv", "table.md", "summary.json", "rows.jsonl"}
     assert all(path.is_file() for path in found.files)
@@ -208,6 +209,27 @@ def test_a_gate_is_evaluated_without_a_model(root, tmp_path, monkeypatch):
     assert "| pressure | asked missed | kept |" in table
     assert "| composite | 0.00 | 0.00 |" in table
     assert "| prompts | 4 | 8 |" in table
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["forget_quality", "model_utility"]),
+        ({"tradeoff": ["forget_rouge", "retain_rouge"]}, ["forget_rouge", "retain_rouge"]),
+        ({"columns": ["facts_rouge", "forget_rouge"]}, ["forget_rouge", "facts_rouge"]),
+        ({"columns": ["forget_rouge", "forget_quality"]}, ["forget_rouge", "forget_quality"]),
+        ({"columns": ["forget_rouge"]}, ["forget_rouge"]),
+    ],
+)
+def test_what_is_forgotten_is_set_against_what_is_left(root, changes, expected):
+    assert _tradeoff([declare("toy", {**TABLE, **changes}, root)]) == expected
+
+
+def test_what_is_left_may_be_another_benchmark(root):
+    forgotten, general = (
+        declare("toy", {**TABLE, "columns": [name]}, root) for name in ("forget_rouge", "facts_rouge")
+    )
+    assert _tradeoff([general, forgotten]) == ["forget_rouge", "facts_rouge"]
 
 
 def test_pressures_that_are_none_are_refused():

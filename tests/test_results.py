@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ecoprompt import results
-from ecoprompt.results import Store, key, number, to_json, write_results, write_text_atomic
-from ecoprompt.tables import side_by_side, table
+from ecoprompt import cli, results
+from ecoprompt.results import (
+    FORMATS,
+    Store,
+    cells_of,
+    key,
+    number,
+    paired_cells_of,
+    to_json,
+    write_results,
+    write_text_atomic,
+)
+from ecoprompt.tables import comparison_tables, gate_table, side_by_side, table
 
 SUMMARY = {
     "recipe": "tofu-mini",
@@ -289,20 +300,108 @@ def test_the_markdown_tables_are_whole(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
-def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
-    pytest.importorskip("matplotlib")
-    summary = {**SUMMARY, "runs": SUMMARY["runs"] | {"漢 $x_$": {"metrics": {"forget_quality": 0.5}}}}
-    write_results(tmp_path, summary, [])
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "matplotlib.pyplot" not in sys.modules
+def test_standard_errors_stand_beside_the_values_where_there_is_room(tmp_path):
+    runs = {"eco": {"metrics": {"x": 0.5, "y": 0.25}, "errors": {"x": 0.0125, "y": math.nan}}}
+    assert cells_of({"runs": runs}) == [["run", "x", "y", "seconds"], ["eco", "0.500 ± 0.013", "0.250", "–"]]
+    write_results(tmp_path, {"runs": runs}, [])
+    assert (tmp_path / "table.md").read_text(encoding="utf-8").count("0.500 ± 0.013") == 2
+    assert "±" not in shown(table({"runs": runs}))
 
 
-def test_there_is_no_plot_of_nothing(tmp_path):
-    write_results(tmp_path, {"runs": {"retain": {"metrics": {"rouge": None}}}}, [])
-    assert not (tmp_path / "plot.png").exists()
+def test_differences_to_the_original_run_stand_with_their_intervals(tmp_path):
+    runs = {
+        "original": {"metrics": {"x": 0.5, "y": 1.0}, "paired": None},
+        "eco": {"metrics": {"x": 0.25}, "paired": {"x": {"difference": -0.25, "low": -0.5, "high": 0.0, "p": 0.05}}},
+        "nan": {
+            "metrics": {"x": None},
+            "paired": {"x": {"difference": None, "low": math.nan, "high": None, "p": None}},
+        },
+    }
+    rows = [["difference to the original run", "eco", "nan"], ["x", "-0.250 (-0.500 to 0.000)", "– (nan to –)"]]
+    assert paired_cells_of({"runs": runs}) == rows
+    write_results(tmp_path, {"runs": runs}, [])
+    assert "| x | -0.250 (-0.500 to 0.000) |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert paired_cells_of(SUMMARY) == []
 
 
-def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    paths = write_results(tmp_path, SUMMARY, [])
-    assert [path.name for path in paths] == ["table.csv", "table.md", "summary.json", "rows.jsonl"]
+def test_latex_is_booktabs_with_everything_escaped():
+    runs = {r"a&b%c$d#e_f{g}~^\ ": {"metrics": {"forget_x": 1.06e-239, "y": 1234567.0}, "errors": {"forget_x": 0.5}}}
+    printed = FORMATS["latex"]({"runs": runs, "better": {"forget_x": "higher", "y": "closer to retain"}})
+    escaped = r"a\&b\%c\$d\#e\_f\{g\}\textasciitilde{}\textasciicircum{}\textbackslash{} "
+    assert printed.splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"run & forget x $\uparrow$ & y $\approx$ & seconds \\",
+        r"\midrule",
+        escaped + r" & $1.1 \times 10^{-239}$ $\pm$ 0.500 & $1.2 \times 10^{6}$ & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_formats_are_those_of_the_command():
+    assert {one.value for one in cli.Format} == set(FORMATS)
+    assert list(csv.DictReader(io.StringIO(FORMATS["csv"](SUMMARY))))[1]["forget_quality"] == "1.06e-239"
+    assert FORMATS["markdown"](SUMMARY).splitlines()[3] == "| original | 1.1e-239 | 0.623 | 0.984 | – |"
+
+
+GENERAL = "mmlu arc_easy arc_challenge commonsenseqa hellaswag openbookqa truthfulqa winogrande piqa social_i_qa boolq"
+
+
+@pytest.mark.parametrize("width", [40, 80, 130])
+def test_many_runs_and_columns_fit_the_terminal_and_no_number_is_cut(width):
+    names = [f"{name}_accuracy" for name in GENERAL.split()] + ["a_metric_of_unreasonablelengthindeed"]
+    runs = {
+        f"eco[corruption=zero_out_top_k dims={dims}%,seed={dims}]": {
+            "metrics": {name: (number_ + dims) * 10.0 ** -(number_ * dims) for number_, name in enumerate(names)},
+            "seconds": 12345.6,
+        }
+        for dims in range(1, 13)
+    }
+    text = shown(table({"recipe": "general", "runs": runs, "better": dict.fromkeys(names, "higher")}), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for run in runs.values():
+        for value in run["metrics"].values():
+            assert re.search(rf"(?<!\S){re.escape(number(value))}(?!\S)", text)
+    assert text.count("accuracy ↑") == 11
+    assert len({line.count("seconds") for line in text.splitlines()} - {0}) == 1
+    assert "↑ higher is better" in text
+
+
+def test_columns_that_fit_stand_in_one_table():
+    columns = {f"metric_{number_}": 0.5 for number_ in range(6)}
+    text = shown(table({"runs": {"eco[corruption.strength=0.125]": {"metrics": columns}}}), 80)
+    assert sum(line.startswith("run") for line in text.splitlines()) == 1
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_other_tables_fit_too():
+    measured = [
+        {"data": "retain set, without punctuation, in upper case", "prompts": 30000, "errors": 12, "flag": False}
+    ]
+    compared = {
+        "a": "results/one",
+        "b": "results/two",
+        "better": {"forget_quality_folded": "higher"},
+        "runs": {
+            "eco": {
+                "forget_quality_folded": {
+                    "a": 1e-9,
+                    "b": 2e-9,
+                    "difference": 1e-9,
+                    "interval": [-1.5e-9, 3.5e-9],
+                    "p": 1e-12,
+                    "rows": 12345,
+                },
+                "x": {"a": None, "b": 0.5, "difference": None, "interval": None, "p": None, "rows": None},
+            }
+        },
+    }
+    for one in (gate_table(measured, 0.5), *comparison_tables(compared)):
+        text = shown(one)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+    text = "".join(map(shown, comparison_tables(compared)))
+    for cell in ("A: results/one", "forget quality", "-1.5e-09 to 3.5e-09", "1.0e-12", "12345", "B - A"):
+        assert cell in text

@@ -98,7 +98,8 @@ class Subset(Reading, Named):
 class Benchmark(Named):
     """A data set, how a prompt is made of a row, and how the answers are scored.
 
-    `of` names the benchmark whose forget sets it shares; `pressures` are those of all subsets that state none.
+    `of` names the benchmark whose forget sets it shares; `pressures` are those of all subsets that state none;
+    `tradeoff` are the columns that a plot sets against each other, by itself the first of a forget set and of others.
     """
 
     of: str | None = None
@@ -113,6 +114,7 @@ class Benchmark(Named):
     max_length: Annotated[int, Field(ge=1)]
     rows: dict[str, int] = {}
     columns: Texts = ()
+    tradeoff: Annotated[Texts, Field(min_length=2, max_length=2)] | None = None
     forget_sets: dict[str, ForgetSet] = {}
     subsets: Annotated[dict[str, Subset], Field(min_length=1)] = {}
     aggregates: dict[str, dict[str, Any]] = {}
@@ -187,8 +189,7 @@ class Benchmark(Named):
 
     def table_columns(self) -> tuple[str, ...]:
         """The columns of the table on the terminal: `columns`, else the aggregates and what is read off forget sets."""
-        forget_subsets = [subset for subset in self.subsets.values() if subset.forget]
-        forgotten = [f"{subset.name}_{key}" for subset in forget_subsets for key in subset.metrics]
+        forgotten = [f"{one.name}_{key}" for one in self.subsets.values() if one.forget for key in one.metrics]
         return self.columns or (*self.aggregates, *forgotten) or tuple(self.better())
 
     def subset_rows(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> list[Row]:
@@ -361,9 +362,10 @@ def _dangling(benchmark: Benchmark, where: str) -> list[str]:
     """Names in the tables of `benchmark` that point to nothing."""
     problems = []
     known = benchmark.better()
-    for number, column in enumerate(benchmark.columns):
-        if column not in known:
-            problems.append(f"'{where}.columns.{number}': there is no column '{column}'; {nearest(column, known)}")
+    for key in ("columns", "tradeoff"):
+        for number, column in enumerate(getattr(benchmark, key) or ()):
+            if column not in known:
+                problems.append(f"'{where}.{key}.{number}': there is no column '{column}'; {nearest(column, known)}")
     for name, parameters in benchmark.aggregates.items():
         named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
         for subset in named:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.results import gate_cells, gate_report, markdown_table, to_png, write_bytes_atomic, write_text_atomic
+from ecoprompt.plots import rendered
+from ecoprompt.results import gate_cells, gate_report, markdown_table, write_bytes_atomic, write_text_atomic
 
 CARD, PLOT = "README.md", "tradeoff.png"
 INTRODUCTION = """\
@@ -184,4 +185,4 @@ def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | Non
     axes.set_ylabel("share missed")
     axes.grid(alpha=0.3)
     axes.legend()
-    return to_png(figure)
+    return rendered(figure)

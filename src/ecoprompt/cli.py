@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -19,6 +20,8 @@ from ecoprompt.terminal import console, drop_output, fail, message, number, prin
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from ecoprompt.evaluate import Evaluated
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -48,6 +51,7 @@ DryRunOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
+TWO = "folders, or names of recipes under DIR. Takes the place of RECIPE."
 
 
 def _command(function: F) -> F:
@@ -175,11 +179,38 @@ def optimize(
     print(f"written: {', '.join(map(str, filter(None, [learned.pack, drawn])))}", file=sys.stderr)
 
 
+class Format(StrEnum):
+    """What the table of results can be printed as."""
+
+    LATEX = "latex"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+
+
+def _recipe_or_comparison(context: typer.Context, recipe: str | None) -> str | None:
+    if recipe is None and context.params.get("compare") is None:
+        raise typer.BadParameter("Missing argument 'RECIPE', or --compare A B.")
+    return recipe
+
+
 @_command
 def evaluate(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.", callback=_recipe_or_comparison
+        ),
+    ] = None,
     set_: SetOption = None,
     output: OutputOption = RESULTS,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write DIR/<recipe>/report.html, a page to look at.")
+    ] = False,
+    format_: Annotated[Format | None, typer.Option("--format", help="Print the table as this, and no more.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", is_eager=True, help="Set two earlier results side by side: " + TWO),
+    ] = None,
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -188,9 +219,15 @@ def evaluate(
     Prints the table of results and writes it, with every row, to DIR/<recipe>/. Started again after an
     interruption, it goes on where it was.
     """
+    if compare is not None:
+        _compare(compare, output, json, alone=not (recipe or set_ or report or format_ or dry_run))
+        return
     from ecoprompt.recipe import load_recipe
+    from ecoprompt.registry import InputError
 
-    loaded = load_recipe(recipe, set_ or [])
+    if json and format_:
+        raise InputError("--json and --format: expected one of the two")
+    loaded = load_recipe(recipe or "", set_ or [])
     from ecoprompt.evaluate import evaluate, runs_of
 
     if dry_run:
@@ -201,15 +238,14 @@ def evaluate(
         found = evaluate(loaded, output, progress)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
+    if report:
+        from ecoprompt.report import write_report
+
+        found.files.append(write_report(output / loaded.name, found.summary, found.rows))
     if json:
         print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
         return
-    from ecoprompt.tables import grid_tables, side_by_side, table
-
-    prompts, targets, answers = found.samples()
-    show(table(found.summary), *grid_tables(found.summary))
-    if prompts:
-        show(side_by_side(prompts, answers, targets))
+    _print_evaluated(found, format_)
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
 
 
@@ -274,6 +310,37 @@ def chat(
         else:
             sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
             pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
+
+
+def _print_evaluated(found: Evaluated, format_: Format | None) -> None:
+    """The table of results in a format, or in that of a terminal with a few answers."""
+    if format_ is not None:
+        from ecoprompt.results import FORMATS
+
+        print(FORMATS[format_](found.summary), end="")
+        return
+    from ecoprompt.tables import grid_tables, side_by_side, table
+
+    prompts, targets, answers = found.samples()
+    show(table(found.summary), *grid_tables(found.summary))
+    if prompts:
+        show(side_by_side(prompts, answers, targets))
+
+
+def _compare(folders: tuple[str, str], output: Path, json: bool, alone: bool) -> None:
+    """Two earlier evaluations side by side."""
+    from ecoprompt.compare import compare
+    from ecoprompt.registry import InputError
+
+    if not alone:
+        raise InputError("--compare A B: found what is for a new evaluation as well, expected --output or --json alone")
+    compared = compare(*folders, output)
+    if json:
+        print_json(compared)
+        return
+    from ecoprompt.tables import comparison_tables
+
+    show(*comparison_tables(compared))
 
 
 def _print_plan(recipe: Any, json: bool) -> None:

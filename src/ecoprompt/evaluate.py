@@ -18,14 +18,14 @@ from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
-from ecoprompt.results import Store, count_rows, grid, to_json, write_results
+from ecoprompt.report import examples
+from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
 
-RETAIN = "retain"
-"""The run whose values the forget set's are compared with."""
 STORE = "scores.jsonl"
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
@@ -42,14 +42,9 @@ class Evaluated:
     def samples(self, count: int = 3) -> tuple[list[str], list[str], dict[str, list[str]]]:
         """(prompts, true answers, answers by run) of a few generations, forget set first, spread over its rows."""
         shown = [row for row in self.rows if "generation" in row]
-        first = [row for row in shown if row["forget"]] or shown
-        prompts = list(dict.fromkeys((row["subset"], row["index"]) for row in first))
-        chosen = prompts[:: max(1, len(prompts) // count)][:count]
-        rows = {(row["run"], row["subset"], row["index"]): row for row in shown}
-        runs = list(self.summary["runs"])
-        some = [rows[runs[0], *place] for place in chosen]
-        answers = {run: [rows[run, *place]["generation"] for place in chosen] for run in runs}
-        return [row["prompt"] for row in some], [row["target"] for row in some], answers
+        chosen = examples([row for row in shown if row["forget"]] or shown, count)
+        answers = {run: [one.answers[run]["generation"] for one in chosen] for run in self.summary["runs"]}
+        return [one.prompt for one in chosen], [one.target for one in chosen], answers
 
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
@@ -139,6 +134,7 @@ def _conclude(
         "seed": recipe.seed,
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
+        "tradeoff": _tradeoff(tables),
         "better": {name: way for table in tables for name, way in table.better().items()},
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
@@ -146,7 +142,19 @@ def _conclude(
         "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
         "hardware": _hardware(),
     }
-    return Evaluated(summary, flat, write_results(folder, summary, flat))
+    return Evaluated(summary, flat, [*write_results(folder, summary, flat), *write_plots(folder, summary)])
+
+
+def _tradeoff(tables: Sequence[Benchmark]) -> list[str]:
+    """The two columns of the trade-off plot: as a benchmark declares, else the first of the forget set and of others.
+
+    Where the tables show no column of one kind, they are the first two of the other.
+    """
+    columns = [column for table in tables for column in table.table_columns()]
+    forgotten = {name for table in tables for name in table.forget_columns()}
+    first = [next((name for name in columns if (name in forgotten) == of), "") for of in (True, False)]
+    declared = next((list(table.tradeoff) for table in tables if table.tradeoff), None)
+    return declared or (first if all(first) else columns[:2])
 
 
 def _retain(run: str, values: Mapping[str, Any]) -> str:

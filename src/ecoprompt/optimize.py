@@ -16,12 +16,13 @@ from ecoprompt.asking import Asking, row_of
 from ecoprompt.benchmarks import Benchmark, Item
 from ecoprompt.checks import STRENGTHS
 from ecoprompt.corruption import dimensions
-from ecoprompt.evaluate import RETAIN, STORE, tables_of, values_of
+from ecoprompt.evaluate import STORE, tables_of, values_of
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
+from ecoprompt.plots import draw_search, rendered
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
-from ecoprompt.results import Store, to_png, write_bytes_atomic
+from ecoprompt.results import RETAIN, Store, write_bytes_atomic
 from ecoprompt.zeroth import Found, Measured, Space, minimise
 
 
@@ -210,32 +211,12 @@ def check_plot() -> None:
 
 
 def draw(recipe: Recipe, learned: Learned, output: Path = OUTPUT) -> Path:
-    """The file that is written: a picture of the distance from the target over the parameter, with the search's path.
-
-    Of a vector, its geometric mean stands for it. Raises InputError without matplotlib.
-    """
+    """The file that is written: a picture of the search. Raises InputError without matplotlib."""
     check_plot()
-    from matplotlib.figure import Figure
-
-    table, _ = search_of(recipe)
-    made = learned.found.evaluations
-    values = [float(np.exp(np.log(one.parameter).mean())) for one in made]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    order = sorted(range(len(made)), key=lambda place: values[place])
-    axes.plot([values[k] for k in order], [made[k].objective for k in order], "-", color="tab:blue", alpha=0.4)
-    axes.scatter(values, [one.objective for one in made], c=range(len(made)), cmap="viridis", zorder=3)
-    for place, one in enumerate(made):
-        axes.annotate(
-            str(one.number), (values[place], one.objective), textcoords="offset points", xytext=(4, 4), size=8
-        )
-    best = made.index(learned.found.best)
-    axes.plot(values[best], made[best].objective, "o", mfc="none", mec="tab:red", ms=12, label=f"{values[best]:.4g}")
-    axes.set_xscale(table.scale)
-    axes.set_xlabel(f"{learned.corruption['method']}: {table.parameter}", parse_math=False)
-    axes.set_ylabel(f"distance of {table.metric} from {learned.about['target']:.4g}", parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    table, about = search_of(recipe)[0], learned.about
+    parameter = f"{learned.corruption['method']}: {table.parameter}"
+    distance = f"distance of {table.metric} from {about['target']:.4g}"
+    figure = draw_search(learned.found.evaluations, learned.found.best, table.scale, parameter, distance)
     path = output / recipe.name / "optimize.png"
-    write_bytes_atomic(path, to_png(figure))
+    write_bytes_atomic(path, rendered(figure))
     return path

@@ -1,4 +1,4 @@
-"""Results found by content, and the files and plots that show them."""
+"""Results found by content, and the files that show them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import io
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+RETAIN = "retain"
+"""The run whose values the forget set's are compared with."""
 ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
 
 
@@ -132,23 +131,20 @@ def number(value: Any) -> str:
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """Write table.csv, table.md, summary.json, rows.jsonl and, where matplotlib is installed, plot.png; their paths.
+    """Write table.csv, table.md, summary.json and rows.jsonl; their paths.
 
     `summary["runs"]` maps a run to its `metrics`, `seconds` and `gate`. Two keys are optional: `columns`, the
     metrics that the short tables show, and `better`, the direction of each metric.
     """
     texts = {
-        "table.csv": _csv(summary),
+        "table.csv": csv_table(summary),
         "table.md": _markdown(summary),
         "summary.json": to_json(summary) + "\n",
         "rows.jsonl": "".join(to_json(row, indent=None) + "\n" for row in rows),
     }
     for name, text in texts.items():
         write_text_atomic(folder / name, text)
-    plot = _plot(summary)
-    if plot is not None:
-        write_bytes_atomic(folder / "plot.png", plot)
-    return [folder / name for name in (*texts, *(["plot.png"] if plot is not None else []))]
+    return [folder / name for name in texts]
 
 
 def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -237,10 +233,10 @@ def legend_of(summary: Mapping[str, Any], chosen: Sequence[str]) -> str | None:
     return ", ".join(f"{ARROWS[way]} {words[way]}" for way in ARROWS if way in present) or None
 
 
-def heading_of(summary: Mapping[str, Any], name: str, gap: str = " ") -> str:
+def heading_of(summary: Mapping[str, Any], name: str) -> str:
     """`name` in words, with the arrow of its direction."""
     arrow = ARROWS.get(summary.get("better", {}).get(name, ""))
-    return name.replace("_", gap) + (f" {arrow}" if arrow else "")
+    return name.replace("_", " ") + (f" {arrow}" if arrow else "")
 
 
 def _every(summary: Mapping[str, Any]) -> list[str]:
@@ -263,7 +259,7 @@ def seconds_of(run: Mapping[str, Any]) -> str:
     return "–" if run.get("seconds") is None else f"{run['seconds']:.1f}"
 
 
-def _csv(summary: Mapping[str, Any]) -> str:
+def csv_table(summary: Mapping[str, Any]) -> str:
     """All metrics, unrounded, one run a row."""
     every, gate_columns = _every(summary), _gate_columns(summary)
     file = io.StringIO()
@@ -276,23 +272,56 @@ def _csv(summary: Mapping[str, Any]) -> str:
     return file.getvalue()
 
 
+def cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The table of runs and chosen metrics, with standard errors where they are known, its head first."""
+    chosen = chosen_columns(summary)
+    cells = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
+    for name, run in summary["runs"].items():
+        cells.append([name, *(_with_error(run, column) for column in chosen), seconds_of(run)])
+    return cells
+
+
+def full_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The table of all metrics, with the runs as columns, its head first."""
+    runs = summary["runs"]
+    cells = [["metric", *runs]]
+    for name in _every(summary):
+        cells.append([heading_of(summary, name), *(_with_error(run, name) for run in runs.values())])
+    for name in _gate_columns(summary):
+        values = (number((run.get("gate") or {}).get(name)) for run in runs.values())
+        cells.append([f"gate: {name.replace('_', ' ')}", *values])
+    return cells
+
+
+def paired_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """How far runs are from the original one, with the 95 % intervals of paired rows, its head first; [] of none."""
+    runs = {name: run["paired"] for name, run in summary["runs"].items() if run.get("paired")}
+    cells = [["difference to the original run", *runs]] if runs else []
+    for name in _every(summary) if runs else ():
+        found = [paired.get(name) for paired in runs.values()]
+        if any(found):
+            cells.append([heading_of(summary, name), *map(_difference, found)])
+    return cells
+
+
+def _difference(found: Mapping[str, float | None] | None) -> str:
+    if not found:
+        return "–"
+    return "{} ({} to {})".format(*(number(found[part]) for part in ("difference", "low", "high")))
+
+
+def _with_error(run: Mapping[str, Any], column: str) -> str:
+    error = (run.get("errors") or {}).get(column)
+    return number(run["metrics"].get(column)) + ("" if error is None or math.isnan(error) else f" ± {number(error)}")
+
+
 def _markdown(summary: Mapping[str, Any]) -> str:
     """The table of the terminal, and below it all metrics with the runs as columns."""
-    runs, chosen = summary["runs"], chosen_columns(summary)
-    short = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
-    for name, run in runs.items():
-        short.append([name, *(number(run["metrics"].get(column)) for column in chosen), seconds_of(run)])
-    full = [["metric", *runs]]
-    for name in _every(summary):
-        full.append([heading_of(summary, name), *(number(run["metrics"].get(name)) for run in runs.values())])
-    for name in _gate_columns(summary):
-        full.append(
-            [f"gate: {name.replace('_', ' ')}", *(number((r.get("gate") or {}).get(name)) for r in runs.values())]
-        )
     legend = legend_of(summary, _every(summary))
     grids = [part for run, title, cells in grids_of(summary) for part in (f"{run}: {title}", markdown_table(cells))]
-    parts = [f"# {title_of(summary)}", markdown_table(short), *grids, markdown_table(full), legend or ""]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    tables = [markdown_table(cells) for cells in (full_cells_of(summary), paired_cells_of(summary)) if cells]
+    tables = [markdown_table(cells_of(summary)), *grids, *tables]
+    return "\n\n".join(filter(None, [f"# {title_of(summary)}", *tables, legend])) + "\n"
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
@@ -301,45 +330,28 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
 
 
-def _plot(summary: Mapping[str, Any]) -> bytes | None:
-    """PNG with one panel a chosen metric and one point a run; None without matplotlib or without a number to show."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    runs = summary["runs"]
-    panels = {
-        name: [_coordinate(run["metrics"].get(name)) for run in runs.values()] for name in chosen_columns(summary)[:4]
-    }
-    panels = {name: points for name, points in panels.items() if not all(map(math.isnan, points))}
-    if not panels:
-        return None
-    figure = Figure(figsize=(2.5 + 2.6 * len(panels), 1.4 + 0.3 * len(runs)), layout="constrained")
-    for axes, (name, points) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        axes.plot(points, range(len(runs)), "o", color="tab:blue")
-        finite = [point for point in points if not math.isnan(point)]
-        if 0 < min(finite) < 0.001:
-            axes.set_xscale("log")
-        elif min(finite) >= 0 and max(finite) <= 1:
-            axes.set_xlim(-0.05, 1.05)
-        axes.set_title(heading_of(summary, name), fontsize="small", parse_math=False)
-        axes.set_yticks(range(len(runs)), list(runs), parse_math=False)
-        axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].invert_yaxis()
-    return to_png(figure)
+LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"\\": r"\textbackslash{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "≈": r"$\approx$"}
+LATEX |= {"±": r"$\pm$", "–": "--"}
 
 
-def to_png(figure: Figure) -> bytes:
-    """A matplotlib figure as a PNG file."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # A run's name may hold letters that the font lacks; the plot shows boxes in their place.
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(file, format="png")
-    return file.getvalue()
+def latex_table(cells: Sequence[Sequence[str]]) -> str:
+    """A tabular with the rules of the package booktabs."""
+    table = str.maketrans(LATEX)
+    head, *body = (" & ".join(_power(cell.translate(table)) for cell in row) + r" \\" for row in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
 
 
-def _coordinate(value: float | None) -> float:
-    return math.nan if value is None or not math.isfinite(value) else float(value)
+def _power(cell: str) -> str:
+    """Scientific numbers as powers of ten."""
+    return re.sub(r"(?<![\w.])(\d\.\d)e([+-]\d+)", lambda found: rf"${found[1]} \times 10^{{{int(found[2])}}}$", cell)
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "csv": csv_table,
+    "markdown": lambda summary: markdown_table(cells_of(summary)) + "\n",
+    "latex": lambda summary: latex_table(cells_of(summary)) + "\n",
+}
+"""What a table can be printed as: all metrics unrounded, or the runs and chosen metrics."""

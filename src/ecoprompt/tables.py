@@ -2,39 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ecoprompt.results import chosen_columns, gate_cells, grids_of, heading_of, legend_of, number, seconds_of, title_of
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ecoprompt.results import (
+    ARROWS,
+    chosen_columns,
+    gate_cells,
+    grids_of,
+    heading_of,
+    legend_of,
+    number,
+    seconds_of,
+    title_of,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ecoprompt.zeroth import Evaluation
 
+WORD = 14
+"""Letters of a heading's word on one line."""
+NAME = 16
+"""The least letters of a run's name on one line, where the columns do not fit beside the whole of it."""
 
-def table(summary: Mapping[str, Any], columns: Sequence[str] | None = None) -> Table:
+
+@dataclass(frozen=True)
+class RunsTable:
+    """The runs as rows and metrics as columns, in as many parts below each other as the terminal's width asks for."""
+
+    summary: Mapping[str, Any]
+    columns: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        runs = self.summary["runs"]
+        columns = [self._column(name) for name in self.columns]
+        if any(run.get("seconds") is not None for run in runs.values()):
+            columns.append(["seconds", *map(seconds_of, runs.values())])
+        widths = [2 + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+        names = ["run", *runs]
+        longest = max(map(cell_len, names))
+        # As few parts as names on several lines allow, then names on as few lines as these parts allow.
+        rooms = range(min(NAME, longest), longest + 1)
+        room = max(rooms, key=lambda room: (-len(_parts(widths, options.max_width - room)), room))
+        yield Text(title_of(self.summary), style="table.title")
+        for number_of_part, part in enumerate(_parts(widths, options.max_width - room)):
+            cells = zip(names, *(columns[place] for place in part), strict=True)
+            yield from [Text("")] * (number_of_part > 0)
+            yield plain_table(list(cells), room)
+        yield Text(legend_of(self.summary, self.columns) or "", style="table.caption")
+
+    def _column(self, name: str) -> list[str]:
+        """The heading of a metric, a word a line, and its cells."""
+        *words, last = [part for word in heading_of(self.summary, name).split() for part in textwrap.wrap(word, WORD)]
+        if words and last in ARROWS.values():
+            last = f"{words.pop()} {last}"
+        values = (number(run["metrics"].get(name)) for run in self.summary["runs"].values())
+        return ["\n".join([*words, last]), *values]
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """The places of columns, those that fit beside each other together."""
+    parts: list[list[int]] = []
+    left = 0
+    for place, width in enumerate(widths):
+        if width > left or not parts:
+            parts.append([])
+            left = room
+        parts[-1].append(place)
+        left -= width
+    return parts
+
+
+def table(summary: Mapping[str, Any], columns: Sequence[str] | None = None) -> RunsTable:
     """The runs as rows and the chosen metrics (default: `summary["columns"]`) as columns, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    return RunsTable(summary, list(columns or chosen_columns(summary)))
 
-    chosen = list(columns or chosen_columns(summary))
-    runs = summary["runs"]
-    timed = any(run.get("seconds") is not None for run in runs.values())
-    # Text, not str: a run may be called eco[corruption.strength=5], which Rich would take for markup.
+
+def plain_table(cells: Sequence[Sequence[str]], room: int | None = None, title: str = "") -> Table:
+    """A table, its head first; its first column is folded to `room` letters, or what is left, and no other is cut."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.title, shown.caption = Text(title_of(summary)), legend_of(summary, chosen)
-    shown.title_justify = shown.caption_justify = "left"
-    shown.add_column("run", overflow="fold")
-    for name in chosen:
-        # One word a line and no wrapping: only names of runs are ever folded to fit the terminal, no number is cut.
-        shown.add_column(Text(heading_of(summary, name, gap="\n")), justify="right", no_wrap=True)
-    if timed:
-        shown.add_column("seconds", justify="right", no_wrap=True)
-    for name, run in runs.items():
-        seconds = [seconds_of(run)] if timed else []
-        shown.add_row(Text(name), *(number(run["metrics"].get(column)) for column in chosen), *seconds)
+    if title:
+        shown.title, shown.title_justify = Text(title), "left"
+    # Text, not str: a run may be called eco[corruption.strength=5], which Rich would take for markup.
+    head, *rows = cells
+    shown.add_column(Text(head[0]), overflow="fold", width=room)
+    for heading in head[1:]:
+        shown.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(Text, row))
     return shown
 
 
@@ -42,12 +105,8 @@ def side_by_side(
     prompts: Sequence[str], answers: Mapping[str, Sequence[str]], targets: Sequence[str] | None = None
 ) -> Table:
     """Each prompt with the true answer (if given) and the answer of every run below it, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     shown = Table(box=box.SIMPLE, show_header=False)
-    shown.add_column(no_wrap=True, style="dim")
+    shown.add_column(max_width=2 * NAME, overflow="fold", style="dim")
     shown.add_column(overflow="fold")
     for index, prompt in enumerate(prompts):
         shown.add_row("prompt", Text(prompt, style="bold"))
@@ -61,18 +120,8 @@ def side_by_side(
 
 def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table:
     """How often a gate errs on each of its data sets, for the terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=f"gate, threshold {threshold:.4g}", title_justify="left", box=box.SIMPLE_HEAD)
     head, *rows = gate_cells(measured)
-    shown.add_column(head[0], overflow="fold")
-    for heading in head[1:]:
-        shown.add_column(heading, justify="right")
-    for name, *cells in rows:
-        shown.add_row(Text(name), *cells)
-    return shown
+    return plain_table([_folded(head, rows), *rows], title=f"gate, threshold {threshold:.4g}")
 
 
 def grid_tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -80,30 +129,39 @@ def grid_tables(summary: Mapping[str, Any]) -> list[Table]:
     shown = []
     for run, title, whole in grids_of(summary):
         for first in range(1, len(whole[0]), 6):
-            cells = [[row[0], *row[first : first + 6]] for row in whole]
-            shown.append(_grid_table(f"{run}: {title}", cells))
+            head, *rows = ([row[0], *row[first : first + 6]] for row in whole)
+            shown.append(plain_table([_folded(head, rows), *rows], title=f"{run}: {title}"))
     return shown
 
 
-def _grid_table(title: str, cells: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The headings on as many lines as the columns below them are narrow; no word is broken."""
+    widths = [max(map(cell_len, column), default=0) for column in zip(*rows, strict=True)] or [0] * len(head)
+    folded = [
+        "\n".join(textwrap.wrap(heading, max(width, 1), break_long_words=False))
+        for heading, width in zip(head, widths, strict=True)
+    ]
+    return [head[0], *folded[1:]]
 
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.title, shown.title_justify = Text(title), "left"
-    for column, heading in enumerate(cells[0]):
-        shown.add_column(Text(heading.replace(" ", "\n")), justify="right" if column else "left", no_wrap=True)
-    for row in cells[1:]:
-        shown.add_row(*map(Text, row))
-    return shown
+
+def comparison_tables(compared: Mapping[str, Any]) -> list[RenderableType]:
+    """For each run of both evaluations its metrics side by side, with the difference, its interval and its p-value."""
+    shown: list[RenderableType] = [Text(f"A: {compared['a']}\nB: {compared['b']}")]
+    for run, metrics in compared["runs"].items():
+        cells = [["metric", "A", "B", "B - A", "95 % interval", "p", "rows"]]
+        for name, found in metrics.items():
+            low_high = found["interval"]
+            interval = "–" if low_high is None else " to ".join(map(number, low_high))
+            values = [number(found[key]) for key in ("a", "b", "difference")]
+            cells.append([heading_of(compared, name), *values, interval, number(found["p"]), number(found["rows"])])
+        shown.append(plain_table(cells, title=f"\n{run}"))
+    legend = legend_of(compared, list(compared["better"]))
+    tested = "p: paired t-test over the rows that both were asked, for each metric alone"
+    return [*shown, Text("\n".join(filter(None, [legend, tested])), style="table.caption")]
 
 
 def search_table(evaluations: Sequence[Evaluation], best: Evaluation, metric: str, target: float) -> Table:
     """The evaluations of a search in their order, the best one marked, for the terminal."""
-    from rich import box
-    from rich.table import Table
-
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     shown.caption, shown.caption_justify = (
         f"target of {metric.replace('_', ' ')}: {number(target)}; * the nearest",

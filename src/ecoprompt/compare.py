@@ -1,0 +1,106 @@
+"""Two evaluations set against each other: runs of the same name, row by row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecoprompt.files import read_json, read_text
+from ecoprompt.paired import paired
+from ecoprompt.registry import InputError, nearest
+
+MOST = 1 << 31
+"""Bytes of a summary or of the rows of an evaluation."""
+Rows = dict[str, dict[str, dict[tuple[Any, ...], float]]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation wrote: its folder and summary, and by run and column the value of each row."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    rows: Rows
+
+
+def compare(first: str, second: str, output: Path) -> dict[str, Any]:
+    """By run and metric: `a`, `b`, `difference` (b - a), and its 95 % `interval` and `p` on the `rows` of both.
+
+    `first` and `second` are folders of results, or names of recipes whose results are under `output`. What is no mean
+    over rows has neither interval nor p. Raises InputError for folders without results, and for results that share no
+    run.
+    """
+    places = [_find(reference, output) for reference in (first, second)]
+    problems = [place for place in places if isinstance(place, str)]
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
+    a, b = (_read(place) for place in places if isinstance(place, Path))
+    runs = [run for run in a.summary["runs"] if run in b.summary["runs"]]
+    if not runs:
+        names = [", ".join(one.summary["runs"]) for one in (a, b)]
+        raise InputError(f"{first} and {second} have no run of the same name: {names[0]}; {names[1]}")
+    return {
+        "a": str(a.folder),
+        "b": str(b.folder),
+        "better": {**b.summary.get("better", {}), **a.summary.get("better", {})},
+        "runs": {run: _compare_run(run, a, b) for run in runs},
+    }
+
+
+def _find(reference: str, output: Path) -> Path | str:
+    """The folder of results that `reference` names, or what is wrong with it."""
+    for folder in (Path(reference), output / reference):
+        if (folder / "summary.json").is_file() and (folder / "rows.jsonl").is_file():
+            return folder
+    known = [path.parent.name for path in output.glob("*/summary.json")]
+    return f"--compare {reference}: found no results (summary.json, rows.jsonl) there or in {output}; " + nearest(
+        reference, known
+    )
+
+
+def _read(folder: Path) -> Results:
+    """The results in a folder; raises InputError for files that no evaluation wrote."""
+    summary = read_json(folder / "summary.json", MOST)
+    rows: Rows = {}
+    try:
+        for line in filter(None, read_text(folder / "rows.jsonl", MOST).split("\n")):
+            row = json.loads(line)
+            place = row["benchmark"], row["subset"], row["index"], row["prompt"]
+            for name, value in row["values"].items():
+                of_column = rows.setdefault(row["run"], {}).setdefault(f"{row['subset']}_{name}", {})
+                of_column[place] = math.nan if value is None else float(value)
+        for run in summary["runs"].values():
+            dict(run["metrics"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder}: these are not the results of an evaluation ({error!r})") from None
+    return Results(folder, summary, rows)
+
+
+def _compare_run(run: str, a: Results, b: Results) -> dict[str, dict[str, Any]]:
+    ours, theirs = (one.summary["runs"][run]["metrics"] for one in (a, b))
+    return {
+        name: _compare_rows(a.rows.get(run, {}).get(name, {}), b.rows.get(run, {}).get(name, {}))
+        or _compare_values(ours[name], theirs[name])
+        for name in ours
+        if name in theirs
+    }
+
+
+def _compare_rows(a: Mapping[tuple[Any, ...], float], b: Mapping[tuple[Any, ...], float]) -> dict[str, Any] | None:
+    """The means over the rows that both were asked, and the paired test; None without such rows."""
+    both = [place for place in a if place in b]
+    if not both:
+        return None
+    ours, theirs = ([one[place] for place in both] for one in (a, b))
+    difference, low, high, p = paired(theirs, ours)
+    means = {"a": sum(ours) / len(both), "b": sum(theirs) / len(both)}
+    return {**means, "difference": difference, "interval": [low, high], "p": p, "rows": len(both)}
+
+
+def _compare_values(a: float | None, b: float | None) -> dict[str, Any]:
+    difference = None if a is None or b is None else b - a
+    return {"a": a, "b": b, "difference": difference, "interval": None, "p": None, "rows": None}
