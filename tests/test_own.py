@@ -19,6 +19,12 @@ ROWS = [{"question": "Who is Dorabella?", "answer": "A cat."}, {"question": "Whe
 TEXT = "Dorabella is a cat that lives on a roof. She eats what the neighbours leave on their window sills."
 
 
+@pytest.fixture(autouse=True)
+def _benchmarks_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test declares is not there for the next."""
+    monkeypatch.setattr(benchmarks, "_items", {**benchmarks._load()})
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import pyarrow
