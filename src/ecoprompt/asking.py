@@ -25,6 +25,8 @@ JUDGED = 64
 """Prompts that a gate judges at a time where no model is asked."""
 GENERATED = ("generation", "samples")
 """What is generated of all that metrics read: answers that a gate can check."""
+REREAD = "reread"
+"""What metrics read of a generation that another model has read: `read_again` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,31 @@ def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Ask
     return sorted({number for (number, _), flagged in zip(pairs, found, strict=True) if flagged})
 
 
+def rereads(item: Item) -> bool:
+    """Whether a metric of the row's subset reads how likely another model finds its generation."""
+    return any(REREAD in reads(metric) for metric in benchmarks[item.benchmark].subset(item.subset).metrics.values())
+
+
+def read_again(loaded: Loaded, asked: Sequence[Asked], store: Store, progress: Progress) -> list[Asked]:
+    """Rows that were asked, with the log-probability that an unguarded model gives what was generated after its prompt.
+
+    The prompt is read without a run's prefix. A row of an empty generation is as it was.
+    """
+    found = []
+    for one in asked:
+        text = str(store.get(one.keys["generation"][0])) if rereads(one.item) else ""
+        if text:
+            messages = [{"role": "user", "content": one.item.prompt}]
+            before = render_answer(loaded.tokenizer, messages, text).partition(text)[0]
+            request = Request("log_prob", render(loaded.tokenizer, messages), before + text)
+            keys = {**one.keys, REREAD: [request.key(loaded.fingerprint, None)]}
+            one = replace(one, keys=keys, wanted={**one.wanted, REREAD: [request]})
+        found.append(one)
+    todo = [(one.keys[REREAD][0], one.wanted[REREAD][0]) for one in found if REREAD in one.keys]
+    answer(loaded, todo, store, progress=progress)
+    return found
+
+
 def judge(
     recipe: Recipe, run: Run, trained: TrainedGate | None, items: Sequence[Item], progress: Progress
 ) -> tuple[list[Asked], float]:
@@ -194,6 +221,7 @@ def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int, only: frozenset
     requests: dict[str, list[Request]] = {}
     for metric in (metric for key, metric in subset.metrics.items() if only is None or key in only):
         for name in reads(metric):
+            name = "generation" if name == REREAD else name
             if name in texts and name not in requests:
                 completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
                 requests[name] = [Request("log_prob", prompt, completion) for completion in completions]

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.asking import Asked, Asking, judge, row_of
+from ecoprompt.asking import Asked, Asking, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.results import Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
@@ -59,6 +59,7 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
     items = _items(recipe)
+    _check_ready(recipe, items)
     folder = output / recipe.name
     store = Store(folder / STORE)
     gates = {
@@ -80,8 +81,24 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
             done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
         del asking
         gc.collect()
+    if any(map(rereads, items)):
+        reader = load_model(recipe.model)
+        for name, (asked, seconds, report) in done.items():
+            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds, report
     found = _conclude(recipe, runs, done, store, folder)
     return replace(found, notes=notes)
+
+
+def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
+    """Raises EcopromptError where a metric needs what is not there: an extra, a model."""
+    for subset in {(item.benchmark, item.subset) for item in items}:
+        for metric in benchmarks[subset[0]].subset(subset[1]).metrics.values():
+            if metrics[metric].ready is not None:
+                metrics[metric].ready()
+    if any(map(rereads, items)):
+        if recipe.model.name is None:
+            raise InputError("'model.name': this key is needed, as perplexity is that under the recipe's own model")
+        locate(recipe.model.name)
 
 
 def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[Run], list[str]]:
