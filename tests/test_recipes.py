@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -74,7 +75,7 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
 
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
-    assert set(planned) == {"recipe", "runs", "rows", "devices"} | ({"search"} if recipe.optimize else set())
+    assert set(planned) == {"recipe", "runs", "rows", "fetch", "devices"} | ({"search"} if recipe.optimize else set())
     assert planned["recipe"] == recipe.document()
     json.dumps(planned)
     if path.stem.startswith("gate-"):
@@ -84,7 +85,12 @@ def test_it_dry_runs(path, recipe):
         assert {"positive", "negative"} <= set(planned["rows"][name])
         return
     assert {name.partition("[")[0] for name, run in planned["runs"].items() if run["guarded"]} == {"eco"}
-    assert sum(run["guarded"] for run in planned["runs"].values()) == (52 if path.stem.endswith("ablation") else 1)
+    points = math.prod(map(len, recipe.sweep.values()))
+    assert (
+        sum(run["guarded"] for run in planned["runs"].values())
+        == points
+        == (52 if path.stem.endswith("ablation") else points)
+    )
     if any(benchmarks[name].asks_model for name in planned["rows"]):
         assert {"retain", "original"} <= set(planned["runs"])
     for name, rows in planned["rows"].items():
@@ -194,6 +200,27 @@ def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
     assert evaluate.plan(recipe)["rows"]["tofu"]["forget"] == rows
     assert benchmarks["tofu"].forget_set(forget).retain == retain
     assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
+
+
+def test_the_papers_texts_are_evaluated_with_its_gates_and_a_dry_run_names_what_is_needed():
+    news, book = (evaluate.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
+    assert news["rows"] == {"bbc_news": {"articles": 500, "others": 500}}
+    assert [name for name in news["runs"] if name.startswith("eco")] == [
+        f"eco[corruption.strength={strength}]" for strength in (5, 10, 15, 20, 25, 30)
+    ]
+    assert news["fetch"] == [
+        "local folder ./olmo-1.7-7b_cc_news",
+        "local folder ./olmo-1.7-7b_bbc_news",
+        "model chrisliu298/bbc_news_classifier",
+        "model distilbert/distilbert-base-uncased",
+        "data set RealTimeData/bbc_news_alltime",
+        "data set vblagoje/cc_news",
+    ]
+    assert book["rows"] == {"book_mia": {"passages": None, "other_books": 500}}
+    assert {"model allenai/OLMo-1.7-7B-hf", "local file books/hp_book", "data set swj0419/BookMIA"} < set(book["fetch"])
+    for planned in (news, book):
+        assert planned["recipe"]["gate"]["threshold"] == 0.99
+        assert evaluate.plan(load_recipe("quickstart"))["fetch"] == []
 
 
 def test_tofu_can_be_sampled_beside_its_own_benchmark():

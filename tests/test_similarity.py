@@ -115,7 +115,7 @@ def test_bertscore_is_bert_scores_f1(tmp_path, monkeypatch):
     import torch
     from transformers import BertTokenizer, DistilBertConfig, DistilBertModel
 
-    with pytest.raises(EcopromptError, match="'distilbert-base-uncased', which is not here"):
+    with pytest.raises(EcopromptError, match="'distilbert/distilbert-base-uncased', which is not here"):
         similarity.bert_scorer()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(CAT.split()), "dog"]
     numbered = {word: number for number, word in enumerate(words)}

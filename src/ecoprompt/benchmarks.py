@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, opening, sample, split
+from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
 from ecoprompt.declared import bind_aggregates, dangling, parts, with_shared_metrics
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
@@ -280,6 +280,13 @@ class Benchmark(Named):
         read_by_it = (*gate.positive, *gate.negative, *gate.checks.values())
         named = [self.hub if one.hub is None and one.folder is None else one.hub for one in read_by_it]
         return sorted({name for name in named if name})
+
+    def missing(self, forget: str | ForgetSet | None, root: Path | None, gate: bool = False) -> list[str]:
+        """The data that its rows, or else its gate's prompts, are read from and that no local file holds."""
+        found = self._gate() if gate else None
+        read = [*found.positive, *found.negative, *found.checks.values()] if found else self.subsets.values()
+        sources = [source for source in (self._source(one, forget) for one in read) if not local_file(source, root)]
+        return list(dict.fromkeys(f"data set {one.hub}" if one.hub else f"local file {one.local}" for one in sources))
 
     def _gate(self) -> GateSources:
         if self.gate is None:

@@ -292,6 +292,7 @@ def _print_plan(recipe: Any, json: bool) -> None:
     for benchmark, rows in planned["rows"].items():
         counts = ", ".join(f"{subset} {'?' if count is None else count}" for subset, count in rows.items())
         print(f"# rows of {benchmark}: {counts}")
+    print(f"# to fetch: {', '.join(planned['fetch']) or 'nothing'}")
     if "search" in planned:
         print(f"# search: {', '.join(f'{name} {value}' for name, value in planned['search'].items())}")
     print(f"# devices: {planned['devices']}")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
-from ecoprompt.models import load_model, locate
+from ecoprompt.models import load_model, locate, resolve
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
@@ -91,14 +91,19 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
 
 def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
     """Raises EcopromptError where a metric needs what is not there: an extra, a model."""
-    for subset in {(item.benchmark, item.subset) for item in items}:
-        for metric in benchmarks[subset[0]].subset(subset[1]).metrics.values():
-            if metrics[metric].ready is not None:
-                metrics[metric].ready()
+    for metric in _metrics_read(recipe):
+        if metrics[metric].ready is not None:
+            metrics[metric].ready()
     if any(map(rereads, items)):
         if recipe.model.name is None:
             raise InputError("'model.name': this key is needed, as perplexity is that under the recipe's own model")
         locate(recipe.model.name)
+
+
+def _metrics_read(recipe: Recipe) -> set[str]:
+    """The row metrics of all that is evaluated."""
+    tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
+    return {name for table in tables for subset in table.subsets.values() for name in subset.metrics.values()}
 
 
 def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[Run], list[str]]:
@@ -177,7 +182,7 @@ def _retain(run: str, values: Mapping[str, Any]) -> str:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `evaluate` would do, told without a model, a network or torch: recipe, runs, rows and devices."""
+    """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
         counts = benchmark.dry_rows(forget_set, root)
@@ -195,9 +200,35 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
+        "fetch": _to_fetch(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
+
+
+def _to_fetch(recipe: Recipe) -> list[str]:
+    """The models and data that would be read from the Hub (or its cache), and what is to be put in place by hand."""
+    runs = resolve_runs(recipe)
+    gates = [run.gate for run in runs if run.gate is not None] or [recipe.gate] * (recipe.data is not None)
+    named = [run.model.name for run in runs]
+    named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
+    named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
+    named += [metrics[metric].model for metric in _metrics_read(recipe)]
+    found = []
+    for name in dict.fromkeys(filter(None, named)):
+        try:
+            place = resolve(name).model
+        except InputError:
+            found.append(f"local folder {name}")
+        else:
+            found += [f"model {place}"] if not Path(place).is_dir() else []
+    for _, benchmark, forget_set, root in tables_of(recipe):
+        found += benchmark.missing(forget_set, root)
+    if recipe.data is not None and not all(gate.parameters.get("classifier") for gate in gates):
+        root = Path(recipe.data.root) if recipe.data.root else None
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        found += benchmark.missing(forget_set, root, gate=True)
+    return list(dict.fromkeys(found))
 
 
 def _planned_search(recipe: Recipe) -> dict[str, Any]:

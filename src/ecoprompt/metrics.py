@@ -48,15 +48,16 @@ def direction(
     of: Sequence[str] = (),
     chance: Callable[[int], float] | None = None,
     ready: Callable[[], object] | None = None,
+    model: str | None = None,
 ) -> Callable[[F], F]:
     """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
 
     `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives; `ready`
-    raises EcopromptError where what a row metric needs is not there.
+    raises EcopromptError where what a row metric needs is not there, and `model` is the Hub's that it needs.
     """
 
     def mark(function: F) -> F:
-        function.__dict__.update(better=better, of=tuple(of), chance=chance, ready=ready)
+        function.__dict__.update(better=better, of=tuple(of), chance=chance, ready=ready, model=model)
         return function
 
     return mark

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SIMILARITIES = ("rouge_1", "rouge_2", "rouge_l", "bleu", "sacrebleu", "meteor")
 """The keys under which a subset has the metrics that `similarity_gap` averages by itself."""
-BERT = "distilbert-base-uncased"
+BERT = "distilbert/distilbert-base-uncased"
 """The model whose token embeddings `bertscore` compares, as in the paper."""
 
 
@@ -100,8 +100,8 @@ def _words(text: str) -> list[str]:
     return list(NLTKWordTokenizer().tokenize(text))
 
 
-def bert_scorer(model: str = BERT, layers: int | None = None) -> Any:
-    """bert-score's scorer on `model`, a Hub id or a folder, which has to be told of how many layers.
+def bert_scorer(model: str = BERT, layers: int = 5) -> Any:
+    """bert-score's scorer on the first `layers` of `model`, a Hub id or a folder; 5 are bert-score's choice for BERT.
 
     Raises InputError without the extra, and EcopromptError where the model cannot be had.
     """
@@ -124,7 +124,7 @@ def _scorer() -> Any:
 
 
 @metrics.register
-@direction("higher", ready=_scorer)
+@direction("higher", ready=_scorer, model=BERT)
 def bertscore(generation: str, target: str) -> float:
     """BERTScore F1 by distilbert-base-uncased, not rescaled (extra `bertscore`); 0 for an empty generation."""
     return bert_f1(_scorer(), generation, target)
