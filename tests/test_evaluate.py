@@ -537,6 +537,43 @@ def test_samples_are_spread_over_the_forget_set(whole):
     assert len(found.samples(100)[0]) == 4
 
 
+REPEATING = {
+    "of": "toy",
+    **{key: TABLE[key] for key in ("folder", "max_length")},
+    "prompt": "Repeat exactly: {{ question }}",
+    "subsets": {
+        "repetition": {
+            **{"config": "forget", "forget": True, "answer": "question"},
+            "metrics": {"rouge": "rouge_l_recall", "tokens_kept": "tokens_kept"},
+        }
+    },
+}
+
+
+def test_the_repeat_test_shows_what_the_corrupted_tokens_are_nearest_to(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks._items, "toy-repeat", declare("toy-repeat", REPEATING, root))
+    sweep = '[sweep]\n"corruption.strength" = [1e-6, 1000.0]\n'
+    found = evaluate(read(root, tmp_path, "evaluate.benchmark=toy-repeat", more=sweep), tmp_path)
+    assert benchmarks["toy-repeat"].better()["repetition_tokens_kept"] == "lower"
+    weak, strong = (f"eco[corruption.strength={strength}]" for strength in ("1e-06", "1000.0"))
+    kept = {name: run["repetition_tokens_kept"] for name, run in metrics(found).items()}
+    assert kept["retain"] == kept["original"] == kept[weak] == 1
+    assert kept[strong] < 0.2
+    tokenizer, embedding = make_tokenizer(), make_model("llama", seed=0).get_input_embeddings()
+    row = by_row(found, strong)["repetition", 0]
+    assert row["target"] == "Where does Harry Potter live?"
+    own, near = zip(*row["nearest"], strict=True)
+    ids = tokenizer.encode(f"Question: {row['prompt']}\nAnswer:")
+    assert "".join(own) in tokenizer.decode(ids)
+    assert set(near) <= {tokenizer.decode([token]) for token in range(len(embedding.weight))}
+    assert "nearest" not in by_row(found, "original")["repetition", 0]
+    _, _, answers = found.samples(1)
+    assert f"(nearest tokens: {own[0].strip()} → {near[0].strip()}, " in answers[strong][0]
+    assert "nearest" not in answers["original"][0]
+    written = [json.loads(line) for line in found.files[3].read_text(encoding="utf-8").splitlines()]
+    assert next(one for one in written if one["run"] == strong)["nearest"] == [list(pair) for pair in row["nearest"]]
+
+
 def test_a_plan_names_all_that_would_run(root, tmp_path):
     recipe = read(root, tmp_path, "evaluate.limit={retain=3}", more='[sweep]\n"corruption.strength" = [1.0, 2.0]\n')
     planned = plan(recipe)

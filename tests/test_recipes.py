@@ -230,6 +230,13 @@ def test_tofu_can_be_sampled_beside_its_own_benchmark():
     assert planned["rows"]["tofu-sampling"] == {"forget": 100}
 
 
+def test_the_repeat_test_is_tofus_recipe_with_another_benchmark():
+    swept = 'sweep."corruption.strength"=[1, 5, 10, 15]'
+    planned = evaluate.plan(load_recipe("tofu", ['evaluate=[{ benchmark = "tofu-repeat" }]', swept]))
+    assert planned["rows"] == {"tofu-repeat": {"repetition": 400, "reply": 400}}
+    assert sum(run["guarded"] for run in planned["runs"].values()) == 4
+
+
 def test_a_sweep_of_the_quick_start_dry_runs():
     recipe = load_recipe("quickstart", ['sweep."corruption.strength"=[1, 5]'])
     assert list(evaluate.plan(recipe)["runs"]) == [

@@ -163,7 +163,7 @@ class Benchmark(Named):
         found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
         for subset in self.subsets.values():
             for key, metric in subset.metrics.items():
-                compared = subset.forget and asks_model(metric)
+                compared = subset.forget and asks_model(metric) and "nearest" not in reads(metric)
                 found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
         return found
 

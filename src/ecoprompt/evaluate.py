@@ -48,8 +48,14 @@ class Evaluated:
         rows = {(row["run"], row["subset"], row["index"]): row for row in shown}
         runs = list(self.summary["runs"])
         some = [rows[runs[0], *place] for place in chosen]
-        answers = {run: [rows[run, *place]["generation"] for place in chosen] for run in runs}
+        answers = {run: [_said(rows[run, *place]) for place in chosen] for run in runs}
         return [row["prompt"] for row in some], [row["target"] for row in some], answers
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    """What was generated for a row and, where it is known, what its corrupted tokens look like."""
+    nearest = ", ".join(f"{own.strip()} → {near.strip()}" for own, near in row.get("nearest", ()))
+    return f"{row['generation']}\n(nearest tokens: {nearest})" if nearest else str(row["generation"])
 
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:

@@ -170,6 +170,13 @@ def _rouge_scorer(kind: str) -> Any:
 
 @metrics.register
 @direction("lower")
+def tokens_kept(nearest: Sequence[tuple[str, str]]) -> float:
+    """Share of a prompt's corrupted tokens whose embedding is still nearest to their own, in [0, 1]; 1 without any."""
+    return math.fsum(own == near for own, near in nearest) / len(nearest) if nearest else 1.0
+
+
+@metrics.register
+@direction("lower")
 def missed(flagged: float) -> float:
     """1 for a prompt that the gate should flag and does not, else 0."""
     return 1 - flagged
