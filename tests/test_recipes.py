@@ -75,7 +75,7 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
 
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
-    assert set(planned) == {"recipe", "runs", "rows", "fetch", "devices"} | ({"search"} if recipe.optimize else set())
+    assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | ({"search"} if recipe.optimize else set())
     assert planned["recipe"] == recipe.document()
     json.dumps(planned)
     if path.stem.startswith("gate-"):
@@ -208,19 +208,18 @@ def test_the_papers_texts_are_evaluated_with_its_gates_and_a_dry_run_names_what_
     assert [name for name in news["runs"] if name.startswith("eco")] == [
         f"eco[corruption.strength={strength}]" for strength in (5, 10, 15, 20, 25, 30)
     ]
-    assert news["fetch"] == [
-        "local folder ./olmo-1.7-7b_cc_news",
-        "local folder ./olmo-1.7-7b_bbc_news",
-        "model chrisliu298/bbc_news_classifier",
-        "model distilbert/distilbert-base-uncased",
-        "data set RealTimeData/bbc_news_alltime",
-        "data set vblagoje/cc_news",
+    assert news["fetches"] == [
+        "RealTimeData/bbc_news_alltime",
+        "vblagoje/cc_news",
+        "./olmo-1.7-7b_cc_news (a folder of your own)",
+        "./olmo-1.7-7b_bbc_news (a folder of your own)",
+        "chrisliu298/bbc_news_classifier",
+        "distilbert/distilbert-base-uncased",
     ]
     assert book["rows"] == {"book_mia": {"passages": None, "other_books": 500}}
-    assert {"model allenai/OLMo-1.7-7B-hf", "local file books/hp_book", "data set swj0419/BookMIA"} < set(book["fetch"])
-    for planned in (news, book):
-        assert planned["recipe"]["gate"]["threshold"] == 0.99
-        assert evaluate.plan(load_recipe("quickstart"))["fetch"] == []
+    assert {"allenai/OLMo-1.7-7B-hf", "books/hp_book (a file of your own)", "swj0419/BookMIA"} < set(book["fetches"])
+    assert {planned["recipe"]["gate"]["threshold"] for planned in (news, book)} == {0.99}
+    assert evaluate.plan(load_recipe("quickstart"))["fetches"] == []
 
 
 def test_tofu_can_be_sampled_beside_its_own_benchmark():

@@ -281,12 +281,13 @@ class Benchmark(Named):
         named = [self.hub if one.hub is None and one.folder is None else one.hub for one in read_by_it]
         return sorted({name for name in named if name})
 
-    def missing(self, forget: str | ForgetSet | None, root: Path | None, gate: bool = False) -> list[str]:
-        """The data that its rows, or else its gate's prompts, are read from and that no local file holds."""
-        found = self._gate() if gate else None
-        read = [*found.positive, *found.negative, *found.checks.values()] if found else self.subsets.values()
+    def fetches(self, forget: str | ForgetSet | None, root: Path | None, gate: bool = False) -> list[str]:
+        """The Hub data sets that its rows, or else its gate's prompts, are read from, and the local files that are not
+        there; nothing of what is local."""
+        table = self._gate() if gate else None
+        read = [*table.positive, *table.negative, *table.checks.values()] if table else self.subsets.values()
         sources = [source for source in (self._source(one, forget) for one in read) if not local_file(source, root)]
-        return list(dict.fromkeys(f"data set {one.hub}" if one.hub else f"local file {one.local}" for one in sources))
+        return list(dict.fromkeys(source.hub or f"{source.local} (a file of your own)" for source in sources))
 
     def _gate(self) -> GateSources:
         if self.gate is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
-from ecoprompt.models import load_model, locate, resolve
+from ecoprompt.models import HUB_ID, aliases, load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
@@ -106,10 +106,10 @@ def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
         locate(recipe.model.name)
 
 
-def _metrics_read(recipe: Recipe) -> set[str]:
-    """The row metrics of all that is evaluated."""
+def _metrics_read(recipe: Recipe) -> dict[str, None]:
+    """The row metrics of all that is evaluated, each once."""
     tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
-    return {name for table in tables for subset in table.subsets.values() for name in subset.metrics.values()}
+    return dict.fromkeys(name for one in tables for subset in one.subsets.values() for name in subset.metrics.values())
 
 
 def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[Run], list[str]]:
@@ -206,35 +206,34 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
-        "fetch": _to_fetch(recipe),
+        "fetches": _fetches(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
 
 
-def _to_fetch(recipe: Recipe) -> list[str]:
-    """The models and data that would be read from the Hub (or its cache), and what is to be put in place by hand."""
+def _fetches(recipe: Recipe) -> list[str]:
+    """What the runs need from the Hub and is not a local file: data sets, models, classifiers; and what is to be put in
+    place by hand. Asks no network."""
     runs = resolve_runs(recipe)
     gates = [run.gate for run in runs if run.gate is not None] or [recipe.gate] * (recipe.data is not None)
+    found: list[str | None] = []
+    for _, benchmark, forget_set, root in tables_of(recipe):
+        found += benchmark.fetches(forget_set, root)
+    if recipe.data is not None and not all(gate.parameters.get("classifier") for gate in gates):
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        found += benchmark.fetches(forget_set, Path(recipe.data.root) if recipe.data.root else None, gate=True)
     named = [run.model.name for run in runs]
     named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
     named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
     named += [metrics[metric].model for metric in _metrics_read(recipe)]
-    found = []
-    for name in dict.fromkeys(filter(None, named)):
-        try:
-            place = resolve(name).model
-        except InputError:
-            found.append(f"local folder {name}")
-        else:
-            found += [f"model {place}"] if not Path(place).is_dir() else []
-    for _, benchmark, forget_set, root in tables_of(recipe):
-        found += benchmark.missing(forget_set, root)
-    if recipe.data is not None and not all(gate.parameters.get("classifier") for gate in gates):
-        root = Path(recipe.data.root) if recipe.data.root else None
-        benchmark, forget_set = parse_forget(recipe.data.forget)
-        found += benchmark.missing(forget_set, root, gate=True)
-    return list(dict.fromkeys(found))
+    for name in filter(None, named):
+        place = aliases().get(name, {}).get("hub", name)
+        if HUB_ID.fullmatch(place) and not Path(place).is_dir():
+            found.append(place)
+        elif place not in aliases() and not Path(place).exists():
+            found.append(f"{place} (a folder of your own)")
+    return [name for name in dict.fromkeys(found) if name]
 
 
 def _planned_search(recipe: Recipe) -> dict[str, Any]:
