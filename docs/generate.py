@@ -214,7 +214,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
             f"`{name}`{' (forget set)' if subset.forget else ''}",
             f"`{subset.config}`" if subset.config else "–",
             str(counts.get(name) or "?"),
-            ", ".join(f"`{key}` = `{metric}`" for key, metric in subset.metrics.items()) + _scored(subset),
+            ", ".join(f"`{key}`{f' = `{metric}`' * (key != metric)}" for key, metric in subset.metrics.items())
+            + _scored(subset),
         ]
         for name, subset in benchmark.subsets.items()
         if subset.pressure is None

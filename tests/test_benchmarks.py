@@ -11,7 +11,7 @@ import pytest
 
 from ecoprompt.benchmarks import PACKAGE, Benchmark, Item, declare, parse_forget
 from ecoprompt.data import ENVIRONMENT
-from ecoprompt.registry import InputError, benchmarks, metrics
+from ecoprompt.registry import InputError, aggregates, benchmarks, metrics
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_tofu = pytest.mark.skipif(
@@ -385,15 +385,66 @@ def test_tofu_sampling_is_of_tofus_forget_sets_and_its_columns_are_its_own():
     assert set(sampling.better().values()) == {"closer to retain"}
 
 
-def test_news_articles_go_on_after_their_titles():
-    for forget in ("bbc_news/articles", "wikinews/2019"):
-        benchmark, forget_set = parse_forget(forget)
-        assert benchmark.better() == dict.fromkeys(
-            ["articles_rouge", "articles_rouge_1", "articles_probability"], "closer to retain"
-        )
-        assert benchmark.table_columns() == tuple(benchmark.better())
-    assert benchmarks["bbc_news"].dry_rows("articles") == {"articles": 500}
-    assert benchmark.dry_rows(forget_set) == {"articles": None}
+@pytest.mark.parametrize(
+    "forget", ["bbc_news/articles", "wikinews/2019", "book/alice_in_wonderland", "book_mia/hp_book"]
+)
+def test_copyrighted_texts_are_compared_with_the_true_ones_and_with_the_retain_model(forget):
+    benchmark, _ = parse_forget(forget)
+    forgotten, others = benchmark.subsets.values()
+    assert (forgotten.forget, others.forget) == (True, False)
+    assert forgotten.metrics == others.metrics == benchmark.metrics
+    paper = benchmark.name in ("bbc_news", "book_mia")
+    similarities = ["rouge_l", "sacrebleu", "meteor", "bertscore"] if paper else list(aggregates["similarity_gap"].of)
+    assert benchmark.forget_columns()["similarity_gap"] == ([forgotten.name], similarities)
+    assert ("bertscore" in benchmark.metrics) == paper  # it needs an extra, and a model from the Hub
+    assert benchmark.better()["similarity_gap"] == "lower"
+    assert benchmark.better()[f"{forgotten.name}_rouge_l"] == "closer to retain"
+
+
+def test_what_another_model_reads_is_nothing_to_search_for():
+    columns = benchmarks["book"].forget_columns()
+    assert "passages_rouge_l" in columns
+    assert "passages_perplexity" not in columns
+
+
+def test_texts_have_the_published_counts_without_data():
+    assert benchmarks["bbc_news"].dry_rows("articles") == {"articles": 500, "others": 10000}
+    assert benchmarks["wikinews"].dry_rows("2019") == {"articles": None, "others": None}
+    assert benchmarks["book"].dry_rows("alice_in_wonderland") == {"passages": 128, "other_book": 519}
+    assert benchmarks["book_mia"].dry_rows("hp_book") == {"passages": None, "other_books": 1000}
+
+
+@pytest.mark.skipif(not (DATA / "books").is_dir(), reason="the books (../shared/data/books) are not here")
+def test_a_books_passages_go_on_after_their_first_sentences():
+    benchmark, forget_set = parse_forget("book/alice_in_wonderland")
+    assert benchmark.dry_rows(forget_set, DATA) == benchmark.dry_rows(forget_set)
+    item = benchmark.items("passages", forget_set, DATA)[0]
+    assert item.prompt.startswith("CHAPTER I. Down the Rabbit-Hole Alice was beginning to get very tired")
+    assert item.target.startswith("So she was considering in her own mind")
+
+
+def test_a_passage_of_a_column_has_a_first_sentence_and_a_rest(tmp_path):
+    put(
+        tmp_path / "book_mia" / "train.jsonl",
+        [{"snippet": f"It was {n} in the morning. Nobody knew why."} for n in range(9870)],
+    )
+    items = benchmarks["book_mia"].items("other_books", "hp_book", tmp_path, limit=2)
+    assert all(re.fullmatch(r"It was \d+ in the morning\.", item.prompt) for item in items)
+    assert {item.target for item in items} == {"Nobody knew why."}
+
+
+def test_subsets_share_the_metrics_of_their_benchmark():
+    table = changed(metrics={"rouge": "rouge_l"}, subsets__retain__metrics=None, aggregates=None, columns=None)
+    benchmark = declare("small", table)
+    assert benchmark.subset("retain").metrics == {"rouge": "rouge_l"}
+    assert set(benchmark.subset("forget").metrics) == {"ratio", "truth_ratio"}
+
+
+def test_an_aggregate_is_made_of_the_metrics_that_it_is_told():
+    gap = {"subset": "retain", "metrics": ["rouge", "roge"]}
+    assert refused(columns=[], aggregates={"similarity_gap": gap}) == (
+        "'small.aggregates.similarity_gap': subset 'retain' has no metric called roge, which it reads",
+    )
 
 
 @pytest.mark.skipif(not (DATA / "wikinews").is_dir(), reason="the news (../shared/data/wikinews) are not here")

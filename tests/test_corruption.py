@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ecoprompt.corruption import dimensions
+from ecoprompt.corruption import dimensions, nearest_tokens
 from ecoprompt.registry import InputError, corruptions
 
 ROWS = torch.tensor([[1.0, -5.0, 3.0, 2.0], [-2.0, 0.5, -1.0, 4.0], [0.25, 6.0, -7.0, -0.5]])
@@ -192,6 +192,13 @@ def test_set_rand_noise_first_n_replaces_and_so_forgets_what_was_there():
 )
 def test_by_hand(method, parameters, expected):
     assert apply(method, ROWS, **parameters).tolist() == expected
+
+
+def test_the_nearest_token_is_that_of_the_least_angle_however_long():
+    matrix = torch.tensor([[1.0, 0.0], [0.0, 0.1], [-5.0, -5.0], [0.0, 0.0]])
+    embeddings = torch.tensor([[9.0, 1.0], [0.1, 0.2], [-1.0, -2.0]])
+    assert nearest_tokens(matrix, embeddings) == [0, 1, 2]
+    assert nearest_tokens(matrix, matrix[:3]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("method", ["reverse_order", "shuffle"])

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from ecoprompt import scoring
 from ecoprompt.benchmarks import declare
 from ecoprompt.evaluate import STORE, _tradeoff, evaluate, plan
 from ecoprompt.metrics import rouge_l_recall
-from ecoprompt.recipe import load_recipe
+from ecoprompt.recipe import ModelTable, load_recipe
 from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.results import to_json
 
@@ -368,6 +369,34 @@ def test_a_sweep_of_whole_corruptions_and_a_share_of_the_dimensions(whole, root,
     assert swept[names[0]]["forget_probability"] != swept[names[1]]["forget_probability"]
 
 
+def test_what_a_metric_needs_is_asked_for_before_any_work(root, tmp_path, monkeypatch):
+    def refuse():
+        raise InputError("the metric needs what is not installed")
+
+    monkeypatch.setitem(vars(rouge_l_recall), "ready", refuse)
+    monkeypatch.setattr(scoring, "KINDS", {})
+    with pytest.raises(InputError, match="needs what is not installed"):
+        evaluate(read(root, tmp_path), tmp_path)
+    monkeypatch.setitem(vars(rouge_l_recall), "ready", None)
+    monkeypatch.setitem(benchmarks["toy"].subset("forget").metrics, "rouge", "perplexity")
+    nameless = read(root, tmp_path).model_copy(update={"model": ModelTable()})
+    runs = {name: run.model_copy(update={"model": f"{root}/full"}) for name, run in nameless.run.items()}
+    with pytest.raises(InputError, match="'model.name': this key is needed, as perplexity"):
+        evaluate(nameless.model_copy(update={"run": runs}), tmp_path)
+
+
+def read_alone(folder, row):
+    """The perplexity of a row's generation by a model that reads it in one go, without a guard."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), make_tokenizer()
+    prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], f"{row['prompt']} {row['generation']}"))
+    with torch.inference_mode():
+        return float(
+            torch.exp(
+                model(torch.tensor([whole]), labels=torch.tensor([[*[-100] * len(prompt), *whole[len(prompt) :]]])).loss
+            )
+        )
+
+
 def test_the_copyright_ablation_evaluates_on_articles_of_ones_own(root, tmp_path):
     articles = {
         year: [
@@ -394,15 +423,18 @@ def test_the_copyright_ablation_evaluates_on_articles_of_ones_own(root, tmp_path
         'sweep.corruption=[{ method = "shuffle" }, { method = "flip_sign_top_k", dims = "50%" }]',
     ]
     found = evaluate(load_recipe("copyright-ablation", overrides), tmp_path)
-    columns = ["articles_rouge", "articles_rouge_1", "articles_probability"]
-    assert found.summary["columns"] == columns
+    columns = list(benchmarks["wikinews"].better())
+    assert found.summary["columns"] == list(benchmarks["wikinews"].table_columns())
     assert list(found.summary["runs"]) == [
         *("retain", "original"),
         *("eco[corruption=shuffle]", "eco[corruption=flip_sign_top_k dims=50%]"),
     ]
+    gaps = {name: run["similarity_gap"] for name, run in metrics(found).items()}
+    assert gaps["retain"] == 0 < gaps["original"]
     for name, run in metrics(found).items():
-        assert list(run) == columns
+        assert set(run) == set(columns)
         row = by_row(found, name)["articles", 0]
+        assert row["values"]["perplexity"] == pytest.approx(read_alone(root / "full", row), rel=1e-4)
         assert row["prompt"] == "Harry Potter in Oslo"
         assert row["target"] == f"Harry Potter was seen.\n\nIt was in Oslo, {'very ' * 300}"[: len(row["target"])]
         assert len(row["target"].split()) == 180
@@ -525,6 +557,43 @@ def test_samples_are_spread_over_the_forget_set(whole):
     assert list(answers) == ["retain", "original", "eco"]
     assert answers["eco"] == [by_row(found, "eco")["forget", index]["generation"] for index in (0, 2)]
     assert len(found.samples(100)[0]) == 4
+
+
+REPEATING = {
+    "of": "toy",
+    **{key: TABLE[key] for key in ("folder", "max_length")},
+    "prompt": "Repeat exactly: {{ question }}",
+    "subsets": {
+        "repetition": {
+            **{"config": "forget", "forget": True, "answer": "question"},
+            "metrics": {"rouge": "rouge_l_recall", "tokens_kept": "tokens_kept"},
+        }
+    },
+}
+
+
+def test_the_repeat_test_shows_what_the_corrupted_tokens_are_nearest_to(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks._items, "toy-repeat", declare("toy-repeat", REPEATING, root))
+    sweep = '[sweep]\n"corruption.strength" = [1e-6, 1000.0]\n'
+    found = evaluate(read(root, tmp_path, "evaluate.benchmark=toy-repeat", more=sweep), tmp_path)
+    assert benchmarks["toy-repeat"].better()["repetition_tokens_kept"] == "lower"
+    weak, strong = (f"eco[corruption.strength={strength}]" for strength in ("1e-06", "1000.0"))
+    kept = {name: run["repetition_tokens_kept"] for name, run in metrics(found).items()}
+    assert kept["retain"] == kept["original"] == kept[weak] == 1
+    assert kept[strong] < 0.2
+    tokenizer, embedding = make_tokenizer(), make_model("llama", seed=0).get_input_embeddings()
+    row = by_row(found, strong)["repetition", 0]
+    assert row["target"] == "Where does Harry Potter live?"
+    own, near = zip(*row["nearest"], strict=True)
+    ids = tokenizer.encode(f"Question: {row['prompt']}\nAnswer:")
+    assert "".join(own) in tokenizer.decode(ids)
+    assert set(near) <= {tokenizer.decode([token]) for token in range(len(embedding.weight))}
+    assert "nearest" not in by_row(found, "original")["repetition", 0]
+    _, _, answers = found.samples(1)
+    assert f"(nearest tokens: {own[0].strip()} → {near[0].strip()}, " in answers[strong][0]
+    assert "nearest" not in answers["original"][0]
+    written = [json.loads(line) for line in found.files[3].read_text(encoding="utf-8").splitlines()]
+    assert next(one for one in written if one["run"] == strong)["nearest"] == [list(pair) for pair in row["nearest"]]
 
 
 def test_a_plan_names_all_that_would_run(root, tmp_path):

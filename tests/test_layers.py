@@ -27,14 +27,17 @@ ORDER = (
         "losses",
         "metrics",
         "paired",
+        "passages",
         "data",
         "models",
+        "similarity",
         "turns",
         "pressure",
         "views",
         "sources",
     ]
     + [
+        "declared",
         "benchmarks",
         "own",
         "recipe",
@@ -65,8 +68,8 @@ ORDER = (
     + ["sandbox", "chat", "terminal", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`card`, `turns`, `verdicts` and `calls` are parts of modules that follow them, `template` of what makes prompts, `files`
-of what reads a pack."""
+`declared`, `card`, `turns`, `verdicts` and `calls` are parts of modules that follow them, `template` of what makes
+prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -99,6 +99,11 @@ def test_leak_is_the_best_of_the_samples_and_its_mean_what_one_gives():
     assert module.leak_at_k(samples[:1], target) == module.sampled_rouge_l_recall(samples[:1], target) == 0.0
 
 
+def test_tokens_kept_are_those_that_are_nearest_to_themselves():
+    assert module.tokens_kept([("a", "a"), ("b", "x"), ("c", "y"), ("d", "d")]) == 0.5
+    assert module.tokens_kept([]) == 1.0
+
+
 def test_rouge_of_a_target_without_latin_letters_is_zero_not_an_error():
     assert module.rouge_l_recall("巴黎", "巴黎") == 0.0
 

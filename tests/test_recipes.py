@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -74,7 +75,7 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
 
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
-    assert set(planned) == {"recipe", "runs", "rows", "devices"} | ({"search"} if recipe.optimize else set())
+    assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | ({"search"} if recipe.optimize else set())
     assert planned["recipe"] == recipe.document()
     json.dumps(planned)
     if path.stem.startswith("gate-"):
@@ -84,12 +85,20 @@ def test_it_dry_runs(path, recipe):
         assert {"positive", "negative"} <= set(planned["rows"][name])
         return
     assert {name.partition("[")[0] for name, run in planned["runs"].items() if run["guarded"]} == {"eco"}
-    assert sum(run["guarded"] for run in planned["runs"].values()) == (52 if path.stem.endswith("ablation") else 1)
+    points = math.prod(map(len, recipe.sweep.values()))
+    assert (
+        sum(run["guarded"] for run in planned["runs"].values())
+        == points
+        == (52 if path.stem.endswith("ablation") else points)
+    )
     if any(benchmarks[name].asks_model for name in planned["rows"]):
         assert {"retain", "original"} <= set(planned["runs"])
     for name, rows in planned["rows"].items():
         assert list(rows) == list(benchmarks[name].subsets)
-        assert all(count > 0 for count in rows.values())
+        # How long a text of the user's own is, is known where it is there.
+        assert all(
+            count is None if (name, subset) == ("book_mia", "passages") else count > 0 for subset, count in rows.items()
+        )
 
 
 def test_dry_runs_need_no_torch(tmp_path):
@@ -193,11 +202,38 @@ def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
     assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
 
 
+def test_the_papers_texts_are_evaluated_with_its_gates_and_a_dry_run_names_what_is_needed():
+    news, book = (evaluate.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
+    assert news["rows"] == {"bbc_news": {"articles": 500, "others": 500}}
+    assert [name for name in news["runs"] if name.startswith("eco")] == [
+        f"eco[corruption.strength={strength}]" for strength in (5, 10, 15, 20, 25, 30)
+    ]
+    assert news["fetches"] == [
+        "RealTimeData/bbc_news_alltime",
+        "vblagoje/cc_news",
+        "./olmo-1.7-7b_cc_news (a folder of your own)",
+        "./olmo-1.7-7b_bbc_news (a folder of your own)",
+        "chrisliu298/bbc_news_classifier",
+        "distilbert/distilbert-base-uncased",
+    ]
+    assert book["rows"] == {"book_mia": {"passages": None, "other_books": 500}}
+    assert {"allenai/OLMo-1.7-7B-hf", "books/hp_book (a file of your own)", "swj0419/BookMIA"} < set(book["fetches"])
+    assert {planned["recipe"]["gate"]["threshold"] for planned in (news, book)} == {0.99}
+    assert evaluate.plan(load_recipe("quickstart"))["fetches"] == []
+
+
 def test_tofu_can_be_sampled_beside_its_own_benchmark():
     recipe = load_recipe("tofu", ["evaluate=[{benchmark='tofu'}, {benchmark='tofu-sampling', limit=100}]"])
     planned = evaluate.plan(recipe)
     assert planned["rows"]["tofu"]["forget"] == 400
     assert planned["rows"]["tofu-sampling"] == {"forget": 100}
+
+
+def test_the_repeat_test_is_tofus_recipe_with_another_benchmark():
+    swept = 'sweep."corruption.strength"=[1, 5, 10, 15]'
+    planned = evaluate.plan(load_recipe("tofu", ['evaluate=[{ benchmark = "tofu-repeat" }]', swept]))
+    assert planned["rows"] == {"tofu-repeat": {"repetition": 400, "reply": 400}}
+    assert sum(run["guarded"] for run in planned["runs"].values()) == 4
 
 
 def test_a_sweep_of_the_quick_start_dry_runs():

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from ecoprompt.benchmarks import declare, parse_forget
-from ecoprompt.data import CHUNK, Source, load_rows
+from ecoprompt.data import Source, load_rows
+from ecoprompt.passages import LENGTH, passages, sentences
 from ecoprompt.recipe import load_recipe, parse_recipe
 from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.sources import GateData, without_overlap
@@ -107,7 +108,7 @@ def test_no_prompt_is_both_learned_and_tested():
     assert without_overlap(data) == GateData(["Who is  Ada?", "b"], ["c"], {"x": (["d"], 0), "y": (["e"], 1)})
 
 
-def test_a_text_file_is_read_in_chunks_of_sentences(tmp_path):
+def test_a_text_file_is_read_in_passages_of_sentences(tmp_path):
     sentences = [f"This is sentence number {n} of the book, and it is a long one." for n in range(100)]
     path = tmp_path / "book.txt"
     path.write_text("CHAPTER I.\n\n" + "\n".join(sentences) + ' "Is it?" he asked.')
@@ -116,8 +117,29 @@ def test_a_text_file_is_read_in_chunks_of_sentences(tmp_path):
     assert " ".join(row["text"] for row in rows) == " ".join(path.read_text().split())
     for row in rows:
         assert f"{row['first_sentence']} {row['rest']}".strip() == row["text"]
-        assert len(row["text"].split()) < CHUNK + len(sentences[0].split())
-    assert all(len(row["text"].split()) >= CHUNK for row in rows[:-1])
+        assert len(row["text"].split()) < LENGTH + len(sentences[0].split())
+    assert all(len(row["text"].split()) >= LENGTH for row in rows[:-1])
+
+
+def test_sentences_keep_titles_and_the_quotation_marks_that_open_them():
+    said = [
+        "Mr. Jones met Dr. Who on that very day.",
+        '"Is it true that he is away?"',
+        "('But when will he be back?')",
+        "“Why, I really do not know!”",
+    ]
+    assert sentences(" ".join(said)) == said
+    assert sentences("") == []
+
+
+def test_every_passage_goes_on_after_its_first_sentence():
+    long, short = f"{'word ' * 200}ends.", "It is as short as any."
+    for text, starts in ((f"{long} {short} {long}", [long]), (f"{short} {long} {long} {short}", [short, long])):
+        rows = passages(text)
+        assert [row["first_sentence"] for row in rows] == starts
+        assert " ".join(row["text"] for row in rows) == text
+        assert all(row["rest"] for row in rows)
+    assert passages(short) == [{"text": short, "first_sentence": short, "rest": ""}]
 
 
 def test_general_questions_are_measured_where_the_recipe_asks():

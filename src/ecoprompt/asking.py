@@ -25,6 +25,10 @@ JUDGED = 64
 """Prompts that a gate judges at a time where no model is asked."""
 GENERATED = ("generation", "samples")
 """What is generated of all that metrics read: answers that a gate can check."""
+REREAD = "reread"
+"""What metrics read of a generation that another model has read: `read_again` asks for it."""
+NEAREST = "nearest"
+"""What metrics read of the embeddings that a guard corrupts."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Asked:
-    """A row put to a model: by what its metrics read, the requests and the keys that their results are stored under."""
+    """A row put to a model: by what its metrics read, the requests and the keys that their results are stored under.
+
+    `nearest` are its corrupted tokens, each with the one that it then is nearest to.
+    """
 
     item: Item
     keys: dict[str, list[str]]
     wanted: Mapping[str, Sequence[Request]]
     flagged: bool = False
     score: float | None = None
+    nearest: tuple[tuple[str, str], ...] = ()
 
     def requests(self) -> Iterator[tuple[str, Request]]:
         """Each request with the key of its result."""
@@ -84,13 +92,13 @@ class Asking:
         guard = self._guard(run, trained)
         prompts = [one.prompt_ids for one in prepared]
         decisions = guard.decide(prompts) if guard else [None] * len(prompts)
-        asked = [_asked(self.loaded, run, *pair) for pair in zip(prepared, decisions, strict=True)]
+        asked = [_asked(self.loaded, run, guard, *pair) for pair in zip(prepared, decisions, strict=True)]
         seconds = self._compute(run, guard, asked, progress)
         if guard is not None and run.gate is not None and run.gate.check == "answer":
             refuted = _refuted(guard, prompts, asked, self.store)
             for number, decision in zip(refuted, guard.decide([prompts[row] for row in refuted]), strict=True):
                 again = {name: prepared[number].wanted[name] for name in GENERATED if name in asked[number].keys}
-                made = _asked(self.loaded, run, replace(prepared[number], wanted=again), decision)
+                made = _asked(self.loaded, run, guard, replace(prepared[number], wanted=again), decision)
                 asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=prepared[number].wanted)
             seconds += self._compute(run, guard, asked, progress)
         return asked, seconds
@@ -131,14 +139,17 @@ class Asking:
         return seconds
 
 
-def _asked(loaded: Loaded, run: Run, prepared: Prepared, decision: Decision | None) -> Asked:
+def _asked(loaded: Loaded, run: Run, guard: Guard | None, prepared: Prepared, decision: Decision | None) -> Asked:
     """A row with the keys of what is asked of it: of a flagged one, they depend on how it is corrupted."""
     corrupted = None
     if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
         corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
     wanted = prepared.wanted
     keys = {name: [one.key(loaded.fingerprint, corrupted) for one in requests] for name, requests in wanted.items()}
-    return Asked(prepared.item, keys, wanted, corrupted is not None, decision.score if decision else None)
+    found = Asked(prepared.item, keys, wanted, corrupted is not None, decision.score if decision else None)
+    if guard is None or decision is None or not decision.flagged or not _metric_reads(prepared.item, NEAREST):
+        return found
+    return replace(found, nearest=guard.nearest(prepared.prompt_ids, decision))
 
 
 def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], store: Store) -> list[int]:
@@ -152,6 +163,35 @@ def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Ask
     ]
     found = guard.overrule([prompts[number] for number, _ in pairs], [text for _, text in pairs])
     return sorted({number for (number, _), flagged in zip(pairs, found, strict=True) if flagged})
+
+
+def rereads(item: Item) -> bool:
+    """Whether a metric of the row's subset reads how likely another model finds its generation."""
+    return _metric_reads(item, REREAD)
+
+
+def _metric_reads(item: Item, name: str) -> bool:
+    return any(name in reads(metric) for metric in benchmarks[item.benchmark].subset(item.subset).metrics.values())
+
+
+def read_again(loaded: Loaded, asked: Sequence[Asked], store: Store, progress: Progress) -> list[Asked]:
+    """Rows that were asked, with the log-probability that an unguarded model gives what was generated after its prompt.
+
+    The prompt is read without a run's prefix. A row of an empty generation is as it was.
+    """
+    found = []
+    for one in asked:
+        text = str(store.get(one.keys["generation"][0])) if rereads(one.item) else ""
+        if text:
+            messages = [{"role": "user", "content": one.item.prompt}]
+            before = render_answer(loaded.tokenizer, messages, text).partition(text)[0]
+            request = Request("log_prob", render(loaded.tokenizer, messages), before + text)
+            keys = {**one.keys, REREAD: [request.key(loaded.fingerprint, None)]}
+            one = replace(one, keys=keys, wanted={**one.wanted, REREAD: [request]})
+        found.append(one)
+    todo = [(one.keys[REREAD][0], one.wanted[REREAD][0]) for one in found if REREAD in one.keys]
+    answer(loaded, todo, store, progress=progress)
+    return found
 
 
 def judge(
@@ -194,6 +234,7 @@ def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int, only: frozenset
     requests: dict[str, list[Request]] = {}
     for metric in (metric for key, metric in subset.metrics.items() if only is None or key in only):
         for name in reads(metric):
+            name = "generation" if name == REREAD else name
             if name in texts and name not in requests:
                 completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
                 requests[name] = [Request("log_prob", prompt, completion) for completion in completions]
@@ -218,6 +259,7 @@ def row_of(asked: Asked, store: Store, known: dict[Hashable, Mapping[str, Any]])
         item.subset,
         item.index,
         asked.flagged,
+        asked.nearest,
         *(key for keys in asked.keys.values() for key in keys),
     )
     if place not in known:
@@ -238,7 +280,7 @@ def row_of(asked: Asked, store: Store, known: dict[Hashable, Mapping[str, Any]])
 def _read(asked: Asked, store: Store) -> dict[str, Any]:
     """What was generated for a row, and the `values` of its metrics."""
     stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
-    read: dict[str, Any] = {"target": asked.item.target, "flagged": float(asked.flagged)}
+    read: dict[str, Any] = {"target": asked.item.target, "flagged": float(asked.flagged), NEAREST: asked.nearest}
     for name, found in stored.items():
         if name == "generation":
             read[name] = found[0]
@@ -253,4 +295,5 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
         for name, metric in subset.metrics.items()
         if read.keys() >= set(reads(metric))
     }
-    return {name: read[name] for name in GENERATED if name in read} | {"values": values}
+    nearest = {NEAREST: asked.nearest} if asked.nearest else {}
+    return {name: read[name] for name in GENERATED if name in read} | nearest | {"values": values}

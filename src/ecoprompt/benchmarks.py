@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, opening, sample, split
+from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
+from ecoprompt.declared import bind_aggregates, dangling, parts, with_shared_metrics
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
 from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
@@ -98,8 +99,9 @@ class Subset(Reading, Named):
 class Benchmark(Named):
     """A data set, how a prompt is made of a row, and how the answers are scored.
 
-    `of` names the benchmark whose forget sets it shares; `pressures` are those of all subsets that state none;
-    `tradeoff` are the columns that a plot sets against each other, by itself the first of a forget set and of others.
+    `of` names the benchmark whose forget sets it shares; `metrics` and `pressures` are those of all subsets that state
+    none; `tradeoff` are the columns that a plot sets against each other, by itself the first of a forget set and the
+    first of others.
     """
 
     of: str | None = None
@@ -116,6 +118,7 @@ class Benchmark(Named):
     columns: Texts = ()
     tradeoff: Annotated[Texts, Field(min_length=2, max_length=2)] | None = None
     forget_sets: dict[str, ForgetSet] = {}
+    metrics: dict[str, MetricName] = {}
     subsets: Annotated[dict[str, Subset], Field(min_length=1)] = {}
     aggregates: dict[str, dict[str, Any]] = {}
     gate: GateSources | None = None
@@ -162,18 +165,26 @@ class Benchmark(Named):
         found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
         for subset in self.subsets.values():
             for key, metric in subset.metrics.items():
-                compared = subset.forget and asks_model(metric)
+                compared = subset.forget and asks_model(metric) and "nearest" not in reads(metric)
                 found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
         return found
 
     def forget_columns(self) -> dict[str, tuple[list[str], list[str]]]:
-        """The columns that are read off forget sets alone: by name the subsets and the keys of metrics they are of."""
+        """The columns that are read off forget sets alone: by name the subsets and the keys of metrics they are of.
+
+        Without those that need another model's reading, which is there only when all runs are done.
+        """
         forgotten = {name: subset for name, subset in self.subsets.items() if subset.forget}
-        found = {f"{name}_{key}": ([name], [key]) for name, subset in forgotten.items() for key in subset.metrics}
+        found = {
+            f"{name}_{key}": ([name], [key])
+            for name, subset in forgotten.items()
+            for key, metric in subset.metrics.items()
+            if "reread" not in reads(metric)
+        }
         for name, parameters in self.aggregates.items():
             subsets = parameters.get("subsets") or [parameters["subset"]]
             if set(subsets) <= set(forgotten):
-                found[name] = (list(subsets), list(aggregates[name].of))
+                found[name] = (list(subsets), parts(name, parameters))
         return found
 
     def chance(self, column: str) -> Callable[[int], float] | None:
@@ -271,6 +282,14 @@ class Benchmark(Named):
         named = [self.hub if one.hub is None and one.folder is None else one.hub for one in read_by_it]
         return sorted({name for name in named if name})
 
+    def fetches(self, forget: str | ForgetSet | None, root: Path | None, gate: bool = False) -> list[str]:
+        """The Hub data sets that its rows, or else its gate's prompts, are read from, and the local files that are not
+        there; nothing of what is local."""
+        table = self._gate() if gate else None
+        read = [*table.positive, *table.negative, *table.checks.values()] if table else self.subsets.values()
+        sources = [source for source in (self._source(one, forget) for one in read) if not local_file(source, root)]
+        return list(dict.fromkeys(source.hub or f"{source.local} (a file of your own)" for source in sources))
+
     def _gate(self) -> GateSources:
         if self.gate is None:
             raise InputError(f"benchmark '{self.name}' does not say which prompts train a gate (no [gate] table)")
@@ -325,58 +344,18 @@ def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: st
     `where` is the key path under which the table stands. Raises InputError with all mistakes at once.
     """
     where = name if where is None else where
-    bound, problems = _bind_aggregates(table, where)
+    bound, problems = bind_aggregates(table, where)
     try:
-        benchmark = Benchmark.model_validate({**table, "aggregates": bound} if "aggregates" in table else dict(table))
+        table = {**table, "aggregates": bound} if "aggregates" in table else table
+        benchmark = Benchmark.model_validate(with_shared_metrics(table))
     except ValidationError as error:
         raise InputError(*describe(error, Benchmark, where, f"benchmark '{name}'"), *problems) from None
     benchmark._name = name
     benchmark._base = base
-    problems += _dangling(benchmark, where)
+    problems += dangling(benchmark, where)
     if problems:
         raise InputError(*problems)
     return benchmark
-
-
-def _bind_aggregates(table: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
-    """The aggregates of a table with their defaults, and what is wrong with them."""
-    given = table.get("aggregates", {})
-    if not isinstance(given, Mapping):
-        return given, []
-    bound, problems = {}, []
-    for name, parameters in given.items():
-        key = f"{where}.aggregates.{name}"
-        if name not in aggregates:
-            problems.append(f"'{key}': there is no aggregate '{name}'; {nearest(name, aggregates)}")
-        elif not isinstance(parameters, Mapping):
-            problems.append(f"'{key}': found {parameters!r}, expected a table of parameters")
-        else:
-            try:
-                bound[name] = aggregates.bind(name, parameters, key)
-            except InputError as error:
-                problems += error.problems
-    return bound, problems
-
-
-def _dangling(benchmark: Benchmark, where: str) -> list[str]:
-    """Names in the tables of `benchmark` that point to nothing."""
-    problems = []
-    known = benchmark.better()
-    for key in ("columns", "tradeoff"):
-        for number, column in enumerate(getattr(benchmark, key) or ()):
-            if column not in known:
-                problems.append(f"'{where}.{key}.{number}': there is no column '{column}'; {nearest(column, known)}")
-    for name, parameters in benchmark.aggregates.items():
-        named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
-        for subset in named:
-            key = f"'{where}.aggregates.{name}'"
-            if subset not in benchmark.subsets:
-                problems.append(f"{key}: there is no subset '{subset}'; {nearest(subset, benchmark.subsets)}")
-                continue
-            lacking = [part for part in aggregates[name].of if part not in benchmark.subsets[subset].metrics]
-            if lacking:
-                problems.append(f"{key}: subset '{subset}' has no metric called {', '.join(lacking)}, which it reads")
-    return problems
 
 
 def parse_forget(name: str, own: Mapping[str, Benchmark] | None = None) -> tuple[Benchmark, ForgetSet]:

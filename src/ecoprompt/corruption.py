@@ -49,6 +49,14 @@ def dimensions(dims: int | str, size: int) -> int:
     return dims if isinstance(dims, int) else max(1, round(size * float(dims.removesuffix("%")) / 100))
 
 
+def nearest_tokens(matrix: Tensor, embeddings: Tensor) -> list[int]:
+    """The row of `matrix` [V, D] that is the nearest by cosine to each of `embeddings` [n, D]: what a corrupted token
+    still looks like."""
+    lengths = matrix.float().norm(dim=1).clamp(min=1e-12)
+    found: list[int] = (embeddings.float() @ matrix.float().T / lengths).argmax(dim=1).tolist()
+    return found
+
+
 def _noise(embeddings: Tensor, dims: int, generator: Generator, strength: Strength) -> Tensor:
     """N(0, strength²) of shape [n, dims] in float32. Drawn on the CPU token by token, so that neither the device nor
     the number of later tokens changes what a token gets (from 16 numbers on, PyTorch draws all in another order)."""

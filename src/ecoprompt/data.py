@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ecoprompt.passages import passages
 from ecoprompt.registry import EcopromptError, InputError, nearest
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-CHUNK = 190
-"""Words of a chunk of a text file: about 256 tokens of English, the length of the paper's."""
 ENVIRONMENT = "ECOPROMPT_DATA"
 
 _MOST_PROBLEMS = 5
-_SENTENCE = 5
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _EXPECTED = {str: "text", list: "a list of at least one text", object: "a value"}
 
@@ -332,21 +330,8 @@ def _read_parquet(path: Path) -> Rows:
 
 
 def _read_text(path: Path) -> Rows:
-    """A plain text in chunks of whole sentences: columns `text`, `first_sentence` and `rest`."""
-    text = " ".join(_decoded(path, 1, path.read_bytes().removeprefix(b"\xef\xbb\xbf")).split())
-    sentences: list[str] = []
-    for part in re.split(r"(?<=[.!?]) (?=\S)|(?<=[.!?][\"'”’)]) (?=\S)", text):
-        if sentences and len(sentences[-1].split()) < _SENTENCE:  # a heading, a title such as "Mr."
-            sentences[-1] += f" {part}"
-        else:
-            sentences.append(part)
-    chunks: list[list[str]] = [[]]
-    for sentence in sentences:
-        if sum(len(one.split()) for one in chunks[-1]) >= CHUNK:
-            chunks.append([])
-        chunks[-1].append(sentence)
-    named = [(" ".join(chunk), chunk[0], " ".join(chunk[1:])) for chunk in chunks if chunk != [""]]
-    return Rows([dict(zip(("text", "first_sentence", "rest"), row, strict=True)) for row in named], str(path))
+    """A plain text in passages of whole sentences: columns `text`, `first_sentence` and `rest`."""
+    return Rows(passages(_decoded(path, 1, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))), str(path))
 
 
 def _download(source: Source, root: Path | None) -> Rows:

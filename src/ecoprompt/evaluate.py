@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.asking import Asked, Asking, judge, row_of
+from ecoprompt.asking import Asked, Asking, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
-from ecoprompt.models import load_model, locate
+from ecoprompt.models import HUB_ID, aliases, load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
-from ecoprompt.report import examples
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
+from ecoprompt.report import examples, said
 from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
@@ -43,7 +43,7 @@ class Evaluated:
         """(prompts, true answers, answers by run) of a few generations, forget set first, spread over its rows."""
         shown = [row for row in self.rows if "generation" in row]
         chosen = examples([row for row in shown if row["forget"]] or shown, count)
-        answers = {run: [one.answers[run]["generation"] for one in chosen] for run in self.summary["runs"]}
+        answers = {run: [said(one.answers[run]) for one in chosen] for run in self.summary["runs"]}
         return [one.prompt for one in chosen], [one.target for one in chosen], answers
 
 
@@ -54,6 +54,7 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
     items = _items(recipe)
+    _check_ready(recipe, items)
     folder = output / recipe.name
     store = Store(folder / STORE)
     gates = {
@@ -75,8 +76,29 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
             done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
         del asking
         gc.collect()
+    if any(map(rereads, items)):
+        reader = load_model(recipe.model)
+        for name, (asked, seconds, report) in done.items():
+            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds, report
     found = _conclude(recipe, runs, done, store, folder)
     return replace(found, notes=notes)
+
+
+def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
+    """Raises EcopromptError where a metric needs what is not there: an extra, a model."""
+    for metric in _metrics_read(recipe):
+        if metrics[metric].ready is not None:
+            metrics[metric].ready()
+    if any(map(rereads, items)):
+        if recipe.model.name is None:
+            raise InputError("'model.name': this key is needed, as perplexity is that under the recipe's own model")
+        locate(recipe.model.name)
+
+
+def _metrics_read(recipe: Recipe) -> dict[str, None]:
+    """The row metrics of all that is evaluated, each once."""
+    tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
+    return dict.fromkeys(name for one in tables for subset in one.subsets.values() for name in subset.metrics.values())
 
 
 def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[Run], list[str]]:
@@ -168,7 +190,7 @@ def _retain(run: str, values: Mapping[str, Any]) -> str:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `evaluate` would do, told without a model, a network or torch: recipe, runs, rows and devices."""
+    """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
         counts = benchmark.dry_rows(forget_set, root)
@@ -186,9 +208,34 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
+        "fetches": _fetches(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
+
+
+def _fetches(recipe: Recipe) -> list[str]:
+    """What the runs need from the Hub and is not a local file: data sets, models, classifiers; and what is to be put in
+    place by hand. Asks no network."""
+    runs = resolve_runs(recipe)
+    gates = [run.gate for run in runs if run.gate is not None] or [recipe.gate] * (recipe.data is not None)
+    found: list[str | None] = []
+    for _, benchmark, forget_set, root in tables_of(recipe):
+        found += benchmark.fetches(forget_set, root)
+    if recipe.data is not None and not all(gate.parameters.get("classifier") for gate in gates):
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        found += benchmark.fetches(forget_set, Path(recipe.data.root) if recipe.data.root else None, gate=True)
+    named = [run.model.name for run in runs]
+    named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
+    named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
+    named += [metrics[metric].model for metric in _metrics_read(recipe)]
+    for name in filter(None, named):
+        place = aliases().get(name, {}).get("hub", name)
+        if HUB_ID.fullmatch(place) and not Path(place).is_dir():
+            found.append(place)
+        elif place not in aliases() and not Path(place).exists():
+            found.append(f"{place} (a folder of your own)")
+    return [name for name in dict.fromkeys(found) if name]
 
 
 def _planned_search(recipe: Recipe) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ecoprompt.calls import (
     unwrapped,
     wrap,
 )
+from ecoprompt.corruption import nearest_tokens
 from ecoprompt.forget import Decision, Forget
 from ecoprompt.pack import load_forget
 from ecoprompt.registry import InputError, UnguardedError
@@ -161,6 +162,18 @@ class Guard:
     def overrule(self, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[bool]:
         """Which prompts the gate flags when it reads them with these answers; from now on they are flagged alone."""
         return self.verdicts.overrule(prompts, answers)
+
+    def nearest(self, ids: Sequence[int], decision: Decision) -> tuple[tuple[str, str], ...]:
+        """The corrupted tokens of a prompt without padding, each with the token whose embedding is the nearest to what
+        became of its own. Not inside the `with` block, where an embedding is read by the model alone."""
+        import torch
+
+        with torch.inference_mode():
+            embedded = self._embedding(torch.tensor([list(ids)], device=self.model.device))[0]
+            corrupted = self.forget.corrupt(embedded, decision)[list(decision.positions)]
+            found = nearest_tokens(self._embedding.weight, corrupted)  # type: ignore[arg-type]
+        pairs = ((ids[position], near) for position, near in zip(decision.positions, found, strict=True))
+        return tuple((self.tokenizer.decode([own]), self.tokenizer.decode([near])) for own, near in pairs)
 
     @contextlib.contextmanager
     def prompt_lengths(self, lengths: Sequence[int]) -> Iterator[None]:

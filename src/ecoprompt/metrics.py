@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "target", "flagged")
+ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "reread", "nearest", "target", "flagged")
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -43,14 +43,21 @@ class LogProb:
         return self.total / self.tokens
 
 
-def direction(better: Better, of: Sequence[str] = (), chance: Callable[[int], float] | None = None) -> Callable[[F], F]:
+def direction(
+    better: Better,
+    of: Sequence[str] = (),
+    chance: Callable[[int], float] | None = None,
+    ready: Callable[[], object] | None = None,
+    model: str | None = None,
+) -> Callable[[F], F]:
     """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
 
-    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives.
+    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives; `ready`
+    raises EcopromptError where what a row metric needs is not there, and `model` is the Hub's that it needs.
     """
 
     def mark(function: F) -> F:
-        function.__dict__.update(better=better, of=tuple(of), chance=chance)
+        function.__dict__.update(better=better, of=tuple(of), chance=chance, ready=ready, model=model)
         return function
 
     return mark
@@ -146,7 +153,12 @@ def sampled_rouge_l_recall(samples: Sequence[str], target: str) -> float:
 
 
 def _rouge(kind: str, generation: str, target: str) -> float:
-    return float(_rouge_scorer(kind).score(target, generation)[kind].recall)
+    return float(rouge(kind, generation, target).recall)
+
+
+def rouge(kind: str, generation: str, target: str) -> Any:
+    """rouge-score's `precision`, `recall` and `fmeasure` of one kind of ROUGE, words stemmed."""
+    return _rouge_scorer(kind).score(target, generation)[kind]
 
 
 @functools.cache
@@ -154,6 +166,13 @@ def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer([kind], use_stemmer=True)
+
+
+@metrics.register
+@direction("lower")
+def tokens_kept(nearest: Sequence[tuple[str, str]]) -> float:
+    """Share of a prompt's corrupted tokens whose embedding is still nearest to their own, in [0, 1]; 1 without any."""
+    return math.fsum(own == near for own, near in nearest) / len(nearest) if nearest else 1.0
 
 
 @metrics.register

@@ -44,9 +44,11 @@ def examples(rows: Iterable[Mapping[str, Any]], count: int) -> list[Example]:
 
 
 def said(row: Mapping[str, Any]) -> str:
-    """What a run answered; where nothing was generated, the values of the row's metrics."""
+    """What a run answered and, where it is known, what its corrupted tokens look like; without an answer the values of
+    the row's metrics."""
     if "generation" in row:
-        return row["generation"].strip() or "(nothing)"
+        nearest = ", ".join(f"{own.strip()} → {near.strip()}" for own, near in row.get("nearest", ()))
+        return (row["generation"].strip() or "(nothing)") + (f"\n(nearest tokens: {nearest})" if nearest else "")
     return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in row["values"].items())
 
 

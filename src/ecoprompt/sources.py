@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from ecoprompt.data import Row, Rows, Source, check_columns, load_rows, local_file
+from ecoprompt.passages import passages
 from ecoprompt.registry import InputError
 from ecoprompt.template import fill, template_names
 from ecoprompt.views import normalise
@@ -95,7 +96,8 @@ class Reading(Table):
 
     `rows` are those of the forget set's `where`, of its `neighbours`, the `others`, or both of these (`retain`);
     `first` takes that many from the start, `sample` those from one place to another of a fixed random order. `values`
-    are columns that every row gets. An empty `hub` says that a local copy is all there is.
+    are columns that every row gets; with `passage`, those of the first passage of that column's text, as a text file's
+    rows have them. An empty `hub` says that a local copy is all there is.
     """
 
     hub: str | None = None
@@ -107,6 +109,7 @@ class Reading(Table):
     first: Annotated[int, Field(ge=1)] | None = None
     sample: Annotated[tuple[Place, Place], Field(strict=False)] | None = None
     values: dict[str, str] = {}
+    passage: str | None = None
 
     @model_validator(mode="after")
     def _has_a_sample(self) -> Reading:
@@ -157,6 +160,9 @@ def read(source: Source, reading: Reading, forget_set: ForgetSet | None, root: P
         rows = rows.take(taken)
     if reading.values:
         rows[:] = [{**row, **reading.values} for row in rows]
+    if reading.passage is not None:
+        check_columns(rows, source, {reading.passage: str})
+        rows[:] = [{**row, **passages(row[reading.passage])[0]} for row in rows]
     return rows
 
 

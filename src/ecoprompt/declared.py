@@ -1,0 +1,69 @@
+"""What a benchmark's table declares about metrics and aggregates, and which of its names point to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ecoprompt.registry import InputError, aggregates, nearest
+
+if TYPE_CHECKING:
+    from ecoprompt.benchmarks import Benchmark
+
+
+def with_shared_metrics(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with its own `metrics` in each subset that states none."""
+    subsets = table.get("subsets")
+    if "metrics" not in table or not isinstance(subsets, Mapping):
+        return dict(table)
+    shared = {"metrics": table["metrics"]}
+    return {
+        **table,
+        "subsets": {name: {**shared, **one} if isinstance(one, Mapping) else one for name, one in subsets.items()},
+    }
+
+
+def parts(name: str, parameters: Mapping[str, Any]) -> list[str]:
+    """The keys of a subset's metrics that an aggregate is made of: those it is told, or its own."""
+    return list(parameters.get("metrics") or aggregates[name].of)
+
+
+def bind_aggregates(table: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+    """The aggregates of a table with their defaults, and what is wrong with them."""
+    given = table.get("aggregates", {})
+    if not isinstance(given, Mapping):
+        return given, []
+    bound, problems = {}, []
+    for name, parameters in given.items():
+        key = f"{where}.aggregates.{name}"
+        if name not in aggregates:
+            problems.append(f"'{key}': there is no aggregate '{name}'; {nearest(name, aggregates)}")
+        elif not isinstance(parameters, Mapping):
+            problems.append(f"'{key}': found {parameters!r}, expected a table of parameters")
+        else:
+            try:
+                bound[name] = aggregates.bind(name, parameters, key)
+            except InputError as error:
+                problems += error.problems
+    return bound, problems
+
+
+def dangling(benchmark: Benchmark, where: str) -> list[str]:
+    """Names in the tables of `benchmark` that point to nothing."""
+    problems = []
+    known = benchmark.better()
+    for key in ("columns", "tradeoff"):
+        for number, column in enumerate(getattr(benchmark, key) or ()):
+            if column not in known:
+                problems.append(f"'{where}.{key}.{number}': there is no column '{column}'; {nearest(column, known)}")
+    for name, parameters in benchmark.aggregates.items():
+        named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
+        for subset in named:
+            place = f"'{where}.aggregates.{name}'"
+            if subset not in benchmark.subsets:
+                problems.append(f"{place}: there is no subset '{subset}'; {nearest(subset, benchmark.subsets)}")
+                continue
+            lacking = [part for part in parts(name, parameters) if part not in benchmark.subsets[subset].metrics]
+            if lacking:
+                problems.append(f"{place}: subset '{subset}' has no metric called {', '.join(lacking)}, which it reads")
+    return problems
