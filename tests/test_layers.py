@@ -27,6 +27,7 @@ ORDER = (
         "corruption",
         "losses",
         "metrics",
+        "paired",
         "data",
         "models",
         "turns",
