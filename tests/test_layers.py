@@ -34,6 +34,7 @@ ORDER = (
         "pressure",
         "views",
         "sources",
+        "items",
     ]
     + [
         "benchmarks",

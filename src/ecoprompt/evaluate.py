@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ecoprompt.asking import Asked, Asking, judge, row_of
-from ecoprompt.benchmarks import Benchmark, Item, parse_forget
+from ecoprompt.benchmarks import Benchmark, parse_forget
+from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
@@ -163,7 +164,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate` would do, told without a model, a network or torch: recipe, runs, rows and devices."""
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
+        counts = {name: count for name, count in benchmark.dry_rows(forget_set, root).items() if table.reads(name)}
         held_out = recipe.optimize.held_out if recipe.optimize else 0.0
         for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
@@ -228,7 +229,7 @@ def _items(recipe: Recipe) -> list[Item]:
     found = [
         item
         for table, benchmark, forget_set, root in tables_of(recipe)
-        for subset in benchmark.subsets
+        for subset in filter(table.reads, benchmark.subsets)
         for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
@@ -267,7 +268,8 @@ def _metrics(
         own = values_of(rows, benchmark.name)
         theirs = values_of(retain, benchmark.name) if retain is not None else None
         for name, parameters in benchmark.aggregates.items():
-            found[name] = aggregates[name](own, theirs, **parameters)
+            if all(map(table.reads, parameters.get("subsets") or [parameters["subset"]])):
+                found[name] = aggregates[name](own, theirs, **parameters)
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
     return found
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "target", "flagged")
+ROW_INPUTS = ("answer", "answers", "reference", "alternatives", "generation", "samples", "target", "flagged")
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -100,6 +100,18 @@ def choice_accuracy(answer: LogProb, alternatives: Sequence[LogProb]) -> float:
     Of choices named by letters of one token each, it is the accuracy by the letters' logits.
     """
     return float(all(answer.mean > other.mean for other in alternatives))
+
+
+@metrics.register
+@direction("higher")
+def true_answers_probability(answers: Sequence[LogProb], alternatives: Sequence[LogProb]) -> float:
+    """Share of all true answers in the probabilities of all answers, in [0, 1] (TruthfulQA's MC2).
+
+    Computed from differences of logarithms, so that it stays defined where every probability underflows.
+    """
+    most = max(one.total for one in (*answers, *alternatives))
+    true, false = (math.fsum(math.exp(one.total - most) for one in these) for these in (answers, alternatives))
+    return true / (true + false)
 
 
 @metrics.register
@@ -185,6 +197,13 @@ def model_utility(values: Values, retain: Values | None, *, subsets: list[str]) 
     if 0 in parts:
         return 0.0
     return len(parts) / math.fsum(1 / part for part in parts)
+
+
+@aggregates.register
+@direction("higher", of=["accuracy"])
+def mean_accuracy(values: Values, retain: Values | None, *, subsets: list[str]) -> float:
+    """Mean of the subsets' accuracies, each as much as any other."""
+    return math.fsum(float(values[f"{subset}/accuracy"].mean()) for subset in subsets) / len(subsets)
 
 
 @aggregates.register
