@@ -230,7 +230,9 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
     if sets:
         parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
     if subsets:
-        parts.append(table(["subset", "configuration", f"rows (with `{first}`)" if first else "rows", "metrics"], subsets))
+        parts.append(
+            table(["subset", "configuration", f"rows (with `{first}`)" if first else "rows", "metrics"], subsets)
+        )
         forms = [name for name in pressures if any(one.pressure == name for one in benchmark.subsets.values())]
         if forms:
             parts.append(f"Each subset is asked again under pressure, as `SUBSET_PRESSURE`: {_list(forms)}.")

@@ -19,14 +19,15 @@ from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.paired import paired, standard_error
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
 from ecoprompt.results import Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
 
-RETAIN = "retain"
-"""The run whose values the forget set's are compared with."""
+RETAIN, ORIGINAL = "retain", "original"
+"""The run whose values the forget set's are compared with, and the one that a guard's harm is measured against."""
 STORE = "scores.jsonl"
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
@@ -127,7 +128,9 @@ def _conclude(
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, rows[run.name], rows.get(_retain(run.name, rows))),
+            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
+            "errors": _errors(recipe, rows[run.name]),
+            "paired": _paired(recipe, rows[run.name], rows.get(_same_point(ORIGINAL, run.name, rows))),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
@@ -150,14 +153,14 @@ def _conclude(
     return Evaluated(summary, flat, write_results(folder, summary, flat))
 
 
-def _retain(run: str, values: Mapping[str, Any]) -> str:
-    """The run to compare `run` with: of the same point of a sweep, if that changes the retain run too."""
+def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
+    """The run called `which` to compare `run` with: of the same point of a sweep, if that changes it too."""
     point = set(run.partition("[")[2].removesuffix("]").split(","))
     for name in values:
         base, _, rest = name.partition("[")
-        if base == RETAIN and set(rest.removesuffix("]").split(",")) <= point | {""}:
+        if base == which and set(rest.removesuffix("]").split(",")) <= point | {""}:
             return name
-    return RETAIN
+    return which
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -271,6 +274,25 @@ def _metrics(
             if all(map(table.reads, parameters.get("subsets") or [parameters["subset"]])):
                 found[name] = aggregates[name](own, theirs, **parameters)
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
+    return found
+
+
+def _errors(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard error of every row metric's mean, by column."""
+    by_benchmark = [values_of(rows, table.benchmark) for table in recipe.evaluate]
+    return {name.replace("/", "_"): standard_error(array) for own in by_benchmark for name, array in own.items()}
+
+
+def _paired(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], original: Sequence[Mapping[str, Any]] | None
+) -> dict[str, dict[str, float]] | None:
+    """How much every row metric is above the original run's, by column; None for that run itself and without one."""
+    if original is None or rows is original:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    for table in recipe.evaluate:
+        own, theirs = values_of(rows, table.benchmark), values_of(original, table.benchmark)
+        found |= {name.replace("/", "_"): paired(own[name], theirs[name])._asdict() for name in own}
     return found
 
 
