@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, opening, sample, split
+from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
 from ecoprompt.items import OWN, Choosing, Item, choose
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
@@ -244,6 +244,11 @@ class Benchmark(Named):
     def dry_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
         """How many rows each subset has: of the local data, else as published, else None. Asks no network."""
         return {name: self._count(subset, forget, root) for name, subset in self.subsets.items()}
+
+    def hub_of(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> str | None:
+        """The Hub data set that `subset` is read from, None where it is a local file."""
+        source = self._source(self.subset(subset), forget)
+        return source.hub if local_file(source, root) is None else None
 
     def dry_gate_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
         """How many prompts train (`positive`, `negative`) and test a gate, as `dry_rows`."""

@@ -17,7 +17,7 @@ import numpy as np
 from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.items import Item
-from ecoprompt.models import load_model, locate
+from ecoprompt.models import HUB_ID, aliases, load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.paired import paired, standard_error
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
@@ -182,9 +182,24 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
+        "fetches": _fetches(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
+
+
+def _fetches(recipe: Recipe) -> list[str]:
+    """The Hub ids that the runs need and that are not local files: data sets, models, classifiers. Asks no network."""
+    found: list[str | None] = []
+    for table, benchmark, forget_set, root in tables_of(recipe):
+        found += [benchmark.hub_of(name, forget_set, root) for name in filter(table.reads, benchmark.subsets)]
+    for run in resolve_runs(recipe):
+        found.append(run.model.name)
+        found += [
+            table.parameters.get(key) for table, key in ((run.gate, "classifier"), (run.tokens, "model")) if table
+        ]
+    hubs = [aliases().get(name, {}).get("hub", name) for name in found if name]
+    return [name for name in dict.fromkeys(hubs) if HUB_ID.fullmatch(name) and not Path(name).is_dir()]
 
 
 def _planned_search(recipe: Recipe) -> dict[str, Any]:
