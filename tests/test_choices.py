@@ -28,8 +28,8 @@ TRUE, FALSE = ["Nothing", "You eat them"], ["You die", "You grow", "You sleep"]
 SUBJECTS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 ECONOMICS = {"forget": "high_school_macroeconomics", "neighbours": "econometrics", "others": "high_school_biology"}
 ROWS = {
-    **{("wmdp", name): [(LETTERED, HEAD.format(subject) + ASKED, ["C"], ["A", "B", "D"])]
-       for name, subject in SUBJECTS.items()},
+    **{(benchmark, name): [(LETTERED, HEAD.format(subject) + ASKED, ["C"], ["A", "B", "D"])]
+       for name, subject in SUBJECTS.items() for benchmark in ("wmdp", "wmdp-probe")},
     **{("mmlu", name): [({**LETTERED, "subject": subject}, HEAD.format(subject.replace("_", " ")) + ASKED, ["C"],
                          ["A", "B", "D"])]
        for name, subject in ECONOMICS.items()},
@@ -76,7 +76,7 @@ ROWS = {
 }  # fmt: skip
 """Of every subset with choices, rows as on the Hub (or in the file that stands for it), with what they make."""
 PUBLISHED = {
-    ("wmdp", "all"): {"bio": 1273, "chem": 408, "cyber": 1987},
+    **dict.fromkeys([("wmdp", "all"), ("wmdp-probe", "all")], {"bio": 1273, "chem": 408, "cyber": 1987}),
     ("mmlu", "economics"): {"forget": 628, "neighbours": 114, "others": 13300},
     ("mmlu", "law"): {"forget": 1655, "neighbours": 108, "others": 12279},
     ("mmlu", "physics"): {"forget": 488, "neighbours": 370, "others": 13184},
@@ -97,7 +97,7 @@ def test_every_subset_with_choices_is_tried():
 @pytest.mark.parametrize(("benchmark", "subset"), ROWS, ids=lambda name: name)
 def test_rows_make_prompts_and_choices(benchmark, subset, tmp_path):
     table = benchmarks[benchmark]
-    forget = next(iter(table.forget_sets), None)
+    forget = next(iter((benchmarks[table.of] if table.of else table).forget_sets), None)
     local = table.subset(subset).local
     assert local is not None
     for row, prompt, right, wrong in ROWS[benchmark, subset]:

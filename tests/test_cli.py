@@ -127,7 +127,7 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     assert "# devices: " in result.stdout
     document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
     searched = {"search"} if "optimize" in printed else set()
-    assert set(document) == {"recipe", "runs", "rows", "fetches", "devices"} | searched
+    assert set(document) == {"recipe", "runs", "rows", "devices"} | searched
     assert {name.partition("[")[0] for name in document["runs"]} == set(printed["run"])
     for name, run in document["runs"].items():
         assert f"# run {name}: " in result.stdout

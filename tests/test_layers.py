@@ -26,6 +26,7 @@ ORDER = (
         "recipe",
         "corruption",
         "losses",
+        "probe",
         "metrics",
         "paired",
         "data",

@@ -15,6 +15,7 @@ from ecoprompt.items import Item
 from ecoprompt.metrics import reads
 from ecoprompt.models import Loaded, encode, render, render_answer
 from ecoprompt.pack import TrainedGate, make_forget
+from ecoprompt.probe import unpacked
 from ecoprompt.recipe import Recipe, Run, digest
 from ecoprompt.registry import Progress, benchmarks, metrics
 from ecoprompt.results import Store
@@ -225,6 +226,8 @@ def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int, only: frozenset
                     chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
                     numbers = range(subset.samples or 0)
                     requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
+            elif name == "logits":
+                requests[name] = [Request("logits", prompt)]
     return Prepared(item, {text: encode(loaded.tokenizer, text) for text in rendered.values()}, requests)
 
 
@@ -273,6 +276,8 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
     stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
     read: dict[str, Any] = {"target": asked.item.target, "flagged": float(asked.flagged)}
     for name, found in stored.items():
+        if name == "logits":  # read with those of other rows, by `add_together`
+            continue
         if name == "generation":
             read[name] = found[0]
         elif name == "samples":
@@ -287,3 +292,19 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
         if read.keys() >= set(reads(metric))
     }
     return {name: read[name] for name in GENERATED if name in read} | {"values": values}
+
+
+def add_together(asked: Sequence[Asked], rows: Sequence[dict[str, Any]], store: Store) -> None:
+    """Give `rows`, which these are, the values of metrics that see the rows of a subset together."""
+    subsets: dict[tuple[str, str], list[int]] = {}
+    for number, one in enumerate(asked):
+        if "logits" in one.keys:
+            subsets.setdefault((one.item.benchmark, one.item.subset), []).append(number)
+    for (benchmark, subset), numbers in subsets.items():
+        logits = [unpacked(store.get(asked[number].keys["logits"][0])) for number in numbers]
+        places = [asked[number].item.place for number in numbers]
+        for name, metric in benchmarks[benchmark].subset(subset).metrics.items():
+            values = metrics[metric](logits, places) if metrics[metric].together else [None] * len(numbers)
+            for number, value in zip(numbers, values, strict=True):
+                if value is not None:
+                    rows[number]["values"] = {**rows[number]["values"], name: value}

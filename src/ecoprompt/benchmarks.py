@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
+from ecoprompt.data import Row, Source, check_columns, opening, sample, split
 from ecoprompt.items import OWN, Choosing, Item, choose
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
@@ -75,7 +75,7 @@ class Subset(Choosing, Reading, Named):
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
         keys = {"samples": self.samples, "alternatives": self.alternatives or self.choices}
-        keys |= dict.fromkeys(("answers", "place"), self.choices)
+        keys |= dict.fromkeys(("answers", "logits", "place"), self.choices)
         given = set(ROW_INPUTS) - {name for name, key in keys.items() if key is None}
         pairs = [(metric, key) for metric in self.metrics.values() for key in reads(metric)]
         lacking = [f"'{metric}' reads '{key}'" for metric, key in pairs if key not in given]
@@ -156,9 +156,15 @@ class Benchmark(Named):
         return found
 
     def forget_columns(self) -> dict[str, tuple[list[str], list[str]]]:
-        """The columns that are read off forget sets alone: by name the subsets and the keys of metrics they are of."""
+        """The columns that are read off forget sets alone, row by row: by name the subsets and the keys of metrics they
+        are of."""
         forgotten = {name: subset for name, subset in self.subsets.items() if subset.forget}
-        found = {f"{name}_{key}": ([name], [key]) for name, subset in forgotten.items() for key in subset.metrics}
+        found = {
+            f"{name}_{key}": ([name], [key])
+            for name, subset in forgotten.items()
+            for key, metric in subset.metrics.items()
+            if not metrics[metric].together
+        }
         for name, parameters in self.aggregates.items():
             subsets = parameters.get("subsets") or [parameters["subset"]]
             if set(subsets) <= set(forgotten):
@@ -244,11 +250,6 @@ class Benchmark(Named):
     def dry_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
         """How many rows each subset has: of the local data, else as published, else None. Asks no network."""
         return {name: self._count(subset, forget, root) for name, subset in self.subsets.items()}
-
-    def hub_of(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> str | None:
-        """The Hub data set that `subset` is read from, None where it is a local file."""
-        source = self._source(self.subset(subset), forget)
-        return source.hub if local_file(source, root) is None else None
 
     def dry_gate_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
         """How many prompts train (`positive`, `negative`) and test a gate, as `dry_rows`."""

@@ -277,7 +277,7 @@ def chat(
 
 
 def _print_plan(recipe: Any, json: bool) -> None:
-    """What would run: the recipe with its defaults, its runs, rows, what comes from the Hub, and devices."""
+    """What would run: the recipe with its defaults, its runs, rows and devices."""
     from ecoprompt.evaluate import plan
 
     planned = plan(recipe)
@@ -294,8 +294,6 @@ def _print_plan(recipe: Any, json: bool) -> None:
         print(f"# rows of {benchmark}: {counts}")
     if "search" in planned:
         print(f"# search: {', '.join(f'{name} {value}' for name, value in planned['search'].items())}")
-    if planned["fetches"]:
-        print(f"# fetches, unless it is here: {', '.join(planned['fetches'])}")
     print(f"# devices: {planned['devices']}")
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.asking import Asked, Asking, judge, row_of
+from ecoprompt.asking import Asked, Asking, add_together, judge, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.items import Item
-from ecoprompt.models import HUB_ID, aliases, load_model, locate
+from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.paired import paired, standard_error
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, quiet
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.results import Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
@@ -124,6 +124,8 @@ def _conclude(
     """Metrics, summary and files of runs that are computed."""
     known: dict[Hashable, Mapping[str, Any]] = {}
     rows = {run.name: [row_of(asked, store, known) for asked in done[run.name][0]] for run in runs}
+    for name, found in rows.items():
+        add_together(done[name][0], found, store)
     entries: dict[str, Any] = {}
     for run in runs:
         _, seconds, gate = done[run.name]
@@ -144,6 +146,7 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "better": {name: way for table in tables for name, way in table.better().items()},
+        "chance": _chance(done[runs[0].name][0]),
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
         "resolved": recipe.document(),
@@ -182,24 +185,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
         "rows": rows,
-        "fetches": _fetches(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
     }
-
-
-def _fetches(recipe: Recipe) -> list[str]:
-    """The Hub ids that the runs need and that are not local files: data sets, models, classifiers. Asks no network."""
-    found: list[str | None] = []
-    for table, benchmark, forget_set, root in tables_of(recipe):
-        found += [benchmark.hub_of(name, forget_set, root) for name in filter(table.reads, benchmark.subsets)]
-    for run in resolve_runs(recipe):
-        found.append(run.model.name)
-        found += [
-            table.parameters.get(key) for table, key in ((run.gate, "classifier"), (run.tokens, "model")) if table
-        ]
-    hubs = [aliases().get(name, {}).get("hub", name) for name in found if name]
-    return [name for name in dict.fromkeys(hubs) if HUB_ID.fullmatch(name) and not Path(name).is_dir()]
 
 
 def _planned_search(recipe: Recipe) -> dict[str, Any]:
@@ -290,6 +278,16 @@ def _metrics(
                 found[name] = aggregates[name](own, theirs, **parameters)
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
     return found
+
+
+def _chance(asked: Sequence[Asked]) -> dict[str, float]:
+    """What a model that knows nothing scores, by column, where that is known."""
+    found: dict[str, list[float]] = {}
+    for item in (one.item for one in asked):
+        for name, metric in benchmarks[item.benchmark].subset(item.subset).metrics.items():
+            if (chance := metrics[metric].chance) is not None:
+                found.setdefault(f"{item.subset}_{name}", []).append(chance(len(item.alternatives)))
+    return {column: float(np.mean(values)) for column, values in found.items()}
 
 
 def _errors(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

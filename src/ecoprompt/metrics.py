@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from ecoprompt.probe import probed
 from ecoprompt.registry import aggregates, metrics
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "answers", "reference", "alternatives", "generation", "samples", "target", "flagged")
+ROW_INPUTS = (
+    *("answer", "answers", "reference", "alternatives", "generation", "samples", "logits", "target", "place"),
+    "flagged",
+)
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -43,14 +47,17 @@ class LogProb:
         return self.total / self.tokens
 
 
-def direction(better: Better, of: Sequence[str] = (), chance: Callable[[int], float] | None = None) -> Callable[[F], F]:
+def direction(
+    better: Better, of: Sequence[str] = (), chance: Callable[[int], float] | None = None, together: bool = False
+) -> Callable[[F], F]:
     """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
 
-    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives.
+    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives. A metric
+    that sees the rows of a subset `together` takes lists, and gives a list with None for rows without a value.
     """
 
     def mark(function: F) -> F:
-        function.__dict__.update(better=better, of=tuple(of), chance=chance)
+        function.__dict__.update(better=better, of=tuple(of), chance=chance, together=together)
         return function
 
     return mark
@@ -64,7 +71,7 @@ def reads(name: str) -> tuple[str, ...]:
 
 def asks_model(name: str) -> bool:
     """Whether row metric `name` reads what only a language model can say."""
-    return any(part not in ("target", "flagged") for part in reads(name))
+    return any(part not in ("target", "place", "flagged") for part in reads(name))
 
 
 def _exp(exponent: float) -> float:
@@ -112,6 +119,16 @@ def true_answers_probability(answers: Sequence[LogProb], alternatives: Sequence[
     most = max(one.total for one in (*answers, *alternatives))
     true, false = (math.fsum(math.exp(one.total - most) for one in these) for these in (answers, alternatives))
     return true / (true + false)
+
+
+@metrics.register
+@direction("higher", chance=lambda alternatives: 1 / (1 + alternatives), together=True)
+def linear_probe(logits: Sequence[NDArray[np.float32]], place: Sequence[int]) -> list[float | None]:
+    """1 if logistic regression finds the right choice's place from the logits after the prompt, else 0.
+
+    Fitted on the first half of a subset's rows, of which it has no values, and read off the second.
+    """
+    return probed(logits, place)
 
 
 @metrics.register
