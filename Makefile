@@ -25,6 +25,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/guard.py
 	$(BIN)/python tests/bench/evaluation.py --every 4
 	$(BIN)/python tests/bench/search.py --seeds 2 --starts 0.1 100 --methods adaptive
+	$(BIN)/python tests/bench/harness.py
+	$(BIN)/python tests/bench/choices.py
 	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/zeroth.py
 
