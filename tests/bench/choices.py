@@ -26,8 +26,8 @@ from ecoprompt.sandbox import World, make_model, make_tokenizer
 from ecoprompt.training import example, train_causal_lm
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "mmlu"
-COUNTS = {"forget": 160, "neighbours": 40, "others": 80}
-LONGEST = 320
+COUNTS = {"forget": 160, "neighbours": 60, "others": 80}
+LONGEST = {"forget": 320, "neighbours": 700, "others": 320}
 """Characters of a prompt, so that learning takes minutes on one core."""
 
 
@@ -36,7 +36,7 @@ def chosen(rng: random.Random) -> dict[str, list[Item]]:
     benchmark, forget = parse_forget("mmlu/economics")
     found = {}
     for subset, count in COUNTS.items():
-        items = [one for one in benchmark.items(subset, forget, DATA.parent) if len(one.prompt) < LONGEST]
+        items = [one for one in benchmark.items(subset, forget, DATA.parent) if len(one.prompt) < LONGEST[subset]]
         rng.shuffle(items)
         by_letter = [[one for one in items if one.target == letter][: count // 4] for letter in "ABCD"]
         found[subset] = [one for same in by_letter for one in same]
@@ -109,4 +109,4 @@ def main(epochs: float, seed: int) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    main(float(arguments[0]) if arguments else 40, int(arguments[1]) if len(arguments) > 1 else 0)
+    main(float(arguments[0]) if arguments else 25, int(arguments[1]) if len(arguments) > 1 else 0)
