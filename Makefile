@@ -26,6 +26,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/evaluation.py --every 4
 	$(BIN)/python tests/bench/book.py
 	$(BIN)/python tests/bench/search.py --seeds 2 --starts 0.1 100 --methods adaptive
+	$(BIN)/python tests/bench/harness.py
+	$(BIN)/python tests/bench/choices.py
 	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/report.py
 	$(BIN)/python tests/bench/zeroth.py

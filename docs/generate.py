@@ -208,11 +208,11 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
     ]
     known = benchmarks[benchmark.of].forget_sets if benchmark.of else benchmark.forget_sets
     first = next(iter(known), None)
-    counts = benchmark.dry_rows(first) if first else {}
+    counts = benchmark.dry_rows(first)
     subsets = [
         [
             f"`{name}`{' (forget set)' if subset.forget else ''}",
-            f"`{subset.config}`" if subset.config else "–",
+            ", ".join(f"`{part}`" for part in (subset.hub, subset.config) if part) or "–",
             str(counts.get(name) or "?"),
             ", ".join(f"`{key}`{f' = `{metric}`' * (key != metric)}" for key, metric in subset.metrics.items())
             + _scored(subset),
@@ -234,7 +234,9 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
     if sets:
         parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
     if subsets:
-        parts.append(table(["subset", "configuration", f"rows (with `{first}`)", "metrics"], subsets))
+        parts.append(
+            table(["subset", "configuration", f"rows (with `{first}`)" if first else "rows", "metrics"], subsets)
+        )
         forms = [name for name in pressures if any(one.pressure == name for one in benchmark.subsets.values())]
         if forms:
             parts.append(f"Each subset is asked again under pressure, as `SUBSET_PRESSURE`: {_list(forms)}.")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ecoprompt.benchmarks import PACKAGE, Benchmark, Item, declare, parse_forget
+from ecoprompt.benchmarks import PACKAGE, Benchmark, declare, parse_forget
 from ecoprompt.data import ENVIRONMENT
+from ecoprompt.items import Item
 from ecoprompt.registry import InputError, aggregates, benchmarks, metrics
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from ecoprompt import scoring
@@ -245,6 +246,31 @@ def test_numbers_follow_from_the_rows(whole):
     for run in ("retain", "original", "eco"):
         ratios = [row["values"]["truth_ratio"] for row in by_row(found, run).values() if row["subset"] == "forget"]
         assert metrics(found)[run]["forget_truth_ratio"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+def test_means_have_errors_and_differences_to_the_original(whole):
+    _, found, _ = whole
+    runs = found.summary["runs"]
+    assert runs["original"]["paired"] is None
+    columns = {f"{subset}_{metric}" for subset in ("forget", "retain", "facts") for metric in METRICS}
+    for name, run in runs.items():
+        assert run["errors"].keys() == columns
+        values = {
+            one: np.array([row["values"]["probability"] for row in by_row(found, one).values() if row["forget"]])
+            for one in (name, "original")
+        }
+        assert run["errors"]["forget_probability"] == pytest.approx(float(stats.sem(values[name])))
+        if name != "original":
+            assert run["paired"].keys() == columns
+            expected = stats.ttest_rel(values[name], values["original"])
+            told = run["paired"]["forget_probability"]
+            interval = expected.confidence_interval(0.95)
+            assert (told["low"], told["high"], told["p"]) == pytest.approx(
+                (interval.low, interval.high, expected.pvalue)
+            )
+            assert told["difference"] == pytest.approx(float((values[name] - values["original"]).mean()))
+    unharmed = runs["eco"]["paired"]["retain_probability"]
+    assert unharmed == {"difference": 0, "low": 0, "high": 0, "p": 1}
 
 
 def test_a_value_is_that_of_the_plain_model(whole, root):

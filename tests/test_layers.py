@@ -25,6 +25,7 @@ ORDER = (
         "checks",
         "corruption",
         "losses",
+        "probe",
         "metrics",
         "paired",
         "passages",
@@ -35,6 +36,7 @@ ORDER = (
         "pressure",
         "views",
         "sources",
+        "items",
     ]
     + [
         "declared",

@@ -84,21 +84,64 @@ def test_it_dry_runs(path, recipe):
         assert set(planned["rows"]) == {name, *recipe.data.checks}
         assert {"positive", "negative"} <= set(planned["rows"][name])
         return
-    assert {name.partition("[")[0] for name, run in planned["runs"].items() if run["guarded"]} == {"eco"}
-    points = math.prod(map(len, recipe.sweep.values()))
-    assert (
-        sum(run["guarded"] for run in planned["runs"].values())
-        == points
-        == (52 if path.stem.endswith("ablation") else points)
-    )
-    if any(benchmarks[name].asks_model for name in planned["rows"]):
-        assert {"retain", "original"} <= set(planned["runs"])
+    guarded = {name.partition("[")[0] for name, run in planned["runs"].items() if run["guarded"]}
+    assert guarded == {"eco"} | (WMDP_SETTINGS.keys() if path.stem == "wmdp" else set())
+    swept = math.prod(map(len, recipe.sweep.values()))
+    assert swept == 52 or not path.stem.endswith("ablation")
+    points = swept * len(guarded)
+    assert sum(run["guarded"] for run in planned["runs"].values()) == points
+    asked = [benchmarks[name] for name in planned["rows"] if benchmarks[name].asks_model]
+    assert not asked or "original" in planned["runs"]
+    compared = any(not one.chance(column) for one in asked for column in one.forget_columns())
+    assert not compared or "retain" in planned["runs"]  # what a model scores that knows nothing is known of choices
     for name, rows in planned["rows"].items():
         assert list(rows) == list(benchmarks[name].subsets)
-        # How long a text of the user's own is, is known where it is there.
-        assert all(
-            count is None if (name, subset) == ("book_mia", "passages") else count > 0 for subset, count in rows.items()
-        )
+        mixed = {subset for subset in rows if benchmarks[name].subset(subset).rows != "all"}  # told by the data alone
+        mixed |= {"passages"} if name == "book_mia" else set()  # how long a text of the user's own is
+        assert all(count > 0 for subset, count in rows.items() if subset not in mixed or count is not None)
+
+
+WMDP_SETTINGS = {
+    "eco-full": ("rand_noise_first_n", {"dims": "100%", "strength": 50.0}),
+    "eco-zero-out": ("zero_out_top_k", {"dims": "100%"}),
+    "eco-sign-flip": ("flip_sign_top_k", {"dims": "100%"}),
+}
+
+
+def test_wmdp_is_the_papers_experiment():
+    runs = {run.name: run for run in resolve_runs(load_recipe("wmdp"))}
+    told = {name: (run.corruption.method, run.corruption.parameters) for name, run in runs.items() if run.guarded}
+    assert told == {"eco": ("rand_noise_first_n", {"dims": 1, "strength": 1e6}), **WMDP_SETTINGS}
+    assert runs["eco"].gate.threshold == 0.999
+    planned = evaluate.plan(load_recipe("wmdp"))
+    assert planned["rows"] == {"wmdp": {"bio": 1273, "chem": 408, "cyber": 1987}, "mmlu_test": {"mmlu": 14042}}
+
+
+@pytest.mark.parametrize(("subject", "threshold"), [("economics", 0.999), ("law", 0.995), ("physics", 0.999)])
+def test_mmlu_is_the_papers_experiment(subject, threshold):
+    recipe = load_recipe(f"mmlu-{subject}")
+    (eco,) = (run for run in resolve_runs(recipe) if run.guarded)
+    published = benchmarks["mmlu"].forget_set(subject).published
+    assert {eco.gate.parameters["classifier"]: eco.gate.threshold} == published
+    assert eco.gate.threshold == threshold
+    assert (eco.corruption.method, eco.corruption.parameters) == ("rand_noise_first_n", {"dims": 1, "strength": 1e6})
+    assert list(evaluate.plan(recipe)["rows"]["mmlu"]) == ["forget", "neighbours", "others"]
+
+
+def test_general_ability_is_the_papers_eleven_sets():
+    planned = evaluate.plan(load_recipe("general"))
+    assert list(planned["rows"]["general_ability"].values()) == [
+        *(14042, 2376, 1172, 1221, 10042, 500, 817, 1267, 1838, 1954, 3270)
+    ]
+
+
+@pytest.mark.parametrize("name", ["tofu", "wmdp", "mmlu-economics", "mmlu-law", "mmlu-physics", "general"])
+def test_prompts_that_tell_a_model_to_forget_name_what(name):
+    recipe = load_recipe(name)
+    told = {run.name: run.prefix for run in resolve_runs(recipe) if run.prefix is not None}
+    assert told.keys() == {"prompting"} | (set() if name == "general" else {"in-context", "refusal"})
+    assert all("{{ targets }}" in prefix for prefix in told.values())
+    assert benchmarks[recipe.data.forget.partition("/")[0]].forget_set(recipe.data.forget.partition("/")[2]).targets
 
 
 def test_dry_runs_need_no_torch(tmp_path):
@@ -144,7 +187,7 @@ def test_tofu_is_the_papers_experiment():
     assert planned["rows"] == {"tofu": {"forget": 400, "retain": 300, "real_authors": 100, "world_facts": 117}}
     assert planned["recipe"]["gate"]["classifier"] == "chrisliu298/tofu_forget10_classifier"
     assert planned["recipe"]["gate"]["threshold"] == 0.9999
-    assert list(planned["runs"]) == ["retain", "original", "eco", "prompting"]
+    assert list(planned["runs"]) == ["retain", "original", "eco", "prompting", "in-context", "refusal"]
 
 
 def test_an_ablation_runs_all_settings_of_the_papers_corruptions(path):
@@ -169,7 +212,7 @@ def test_an_ablation_is_its_recipe_otherwise(name):
     folder = "tests/recipes/" if name == "tofu-mini" else "recipes/"
     plain, ablation = (tomllib.loads(Path(f"{folder}{one}.toml").read_text()) for one in (name, f"{name}-ablation"))
     del plain["corruption"], ablation["sweep"]
-    plain["run"].pop("prompting", None)
+    plain["run"] = {name: run for name, run in plain["run"].items() if "prefix" not in run}
     assert ablation == plain
 
 

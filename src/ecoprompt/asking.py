@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from ecoprompt.benchmarks import Item, parse_forget
+from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.forget import Decision
 from ecoprompt.guard import Guard
+from ecoprompt.items import Item
 from ecoprompt.metrics import reads
 from ecoprompt.models import Loaded, encode, render, render_answer
 from ecoprompt.pack import TrainedGate, make_forget
+from ecoprompt.probe import unpacked
 from ecoprompt.recipe import Recipe, Run, digest
 from ecoprompt.registry import Progress, benchmarks, metrics
 from ecoprompt.results import Store
@@ -33,10 +35,10 @@ NEAREST = "nearest"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row as it is put to a model: the token ids of its prompt, and by what its metrics read the requests."""
+    """A row as it is put to a model: its prompts' token ids, its own first, and the requests by what metrics read."""
 
     item: Item
-    prompt_ids: list[int]
+    prompts: Mapping[str, list[int]]
     wanted: Mapping[str, Sequence[Request]]
 
 
@@ -90,15 +92,15 @@ class Asking:
         """Ask all rows in the state of `run`; returns what was asked and the seconds that computing it took."""
         prepared = self._prepare(run, progress)
         guard = self._guard(run, trained)
-        prompts = [one.prompt_ids for one in prepared]
-        decisions = guard.decide(prompts) if guard else [None] * len(prompts)
-        asked = [_asked(self.loaded, run, guard, *pair) for pair in zip(prepared, decisions, strict=True)]
+        decided = _decide(guard, prepared)
+        asked = [_asked(self.loaded, run, guard, *pair) for pair in zip(prepared, decided, strict=True)]
         seconds = self._compute(run, guard, asked, progress)
         if guard is not None and run.gate is not None and run.gate.check == "answer":
+            prompts = [next(iter(one.prompts.values())) for one in prepared]
             refuted = _refuted(guard, prompts, asked, self.store)
-            for number, decision in zip(refuted, guard.decide([prompts[row] for row in refuted]), strict=True):
+            for number, decisions in zip(refuted, _decide(guard, [prepared[row] for row in refuted]), strict=True):
                 again = {name: prepared[number].wanted[name] for name in GENERATED if name in asked[number].keys}
-                made = _asked(self.loaded, run, guard, replace(prepared[number], wanted=again), decision)
+                made = _asked(self.loaded, run, guard, replace(prepared[number], wanted=again), decisions)
                 asked[number] = replace(made, keys=asked[number].keys | made.keys, wanted=prepared[number].wanted)
             seconds += self._compute(run, guard, asked, progress)
         return asked, seconds
@@ -139,17 +141,34 @@ class Asking:
         return seconds
 
 
-def _asked(loaded: Loaded, run: Run, guard: Guard | None, prepared: Prepared, decision: Decision | None) -> Asked:
-    """A row with the keys of what is asked of it: of a flagged one, they depend on how it is corrupted."""
-    corrupted = None
-    if decision is not None and decision.flagged:  # which turns the gate flagged shows in the positions
-        corrupted = digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
+def _decide(guard: Guard | None, prepared: Sequence[Prepared]) -> list[dict[str, Decision]]:
+    """What `guard` decides of the prompts of each row, by their text; nothing without one."""
+    if guard is None:
+        return [{} for _ in prepared]
+    decisions = iter(guard.decide([ids for row in prepared for ids in row.prompts.values()]))
+    return [{text: next(decisions) for text in row.prompts} for row in prepared]
+
+
+def _asked(
+    loaded: Loaded, run: Run, guard: Guard | None, prepared: Prepared, decisions: Mapping[str, Decision]
+) -> Asked:
+    """A row with the keys of what is asked of it: of a flagged prompt, they depend on how it is corrupted."""
+    corrupted = {  # which turns the gate flagged shows in the positions
+        text: digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
+        for text, decision in decisions.items()
+        if decision.flagged
+    }
     wanted = prepared.wanted
-    keys = {name: [one.key(loaded.fingerprint, corrupted) for one in requests] for name, requests in wanted.items()}
-    found = Asked(prepared.item, keys, wanted, corrupted is not None, decision.score if decision else None)
-    if guard is None or decision is None or not decision.flagged or not _metric_reads(prepared.item, NEAREST):
+    keys = {
+        name: [one.key(loaded.fingerprint, corrupted.get(one.prompt)) for one in requests]
+        for name, requests in wanted.items()
+    }
+    score = max((decision.score for decision in decisions.values()), default=None)
+    found = Asked(prepared.item, keys, wanted, bool(corrupted), score)
+    text, ids = next(iter(prepared.prompts.items()))
+    if guard is None or text not in corrupted or not _metric_reads(prepared.item, NEAREST):
         return found
-    return replace(found, nearest=guard.nearest(prepared.prompt_ids, decision))
+    return replace(found, nearest=guard.nearest(ids, decisions[text]))
 
 
 def _refuted(guard: Guard, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], store: Store) -> list[int]:
@@ -183,9 +202,9 @@ def read_again(loaded: Loaded, asked: Sequence[Asked], store: Store, progress: P
     for one in asked:
         text = str(store.get(one.keys["generation"][0])) if rereads(one.item) else ""
         if text:
-            messages = [{"role": "user", "content": one.item.prompt}]
-            before = render_answer(loaded.tokenizer, messages, text).partition(text)[0]
-            request = Request("log_prob", render(loaded.tokenizer, messages), before + text)
+            benchmark = benchmarks[one.item.benchmark]
+            before = _answer_to(loaded, benchmark, one.item.prompt, text).partition(text)[0]
+            request = Request("log_prob", _rendered(loaded, benchmark, one.item.prompt), before + text)
             keys = {**one.keys, REREAD: [request.key(loaded.fingerprint, None)]}
             one = replace(one, keys=keys, wanted={**one.wanted, REREAD: [request]})
         found.append(one)
@@ -227,25 +246,46 @@ def _prepare(loaded: Loaded, item: Item, prefix: str, seed: int, only: frozenset
     """
     benchmark = benchmarks[item.benchmark]
     subset = benchmark.subset(item.subset)
-    bare = [{"role": "user", "content": item.prompt}]
-    messages = [{"role": "user", "content": prefix + item.prompt}]
-    prompt = render(loaded.tokenizer, messages)
-    texts = {"answer": [item.target], "reference": [item.reference], "alternatives": list(item.alternatives)}
+    texts = {"answer": [item.target], "reference": [item.reference]}
+    texts |= {"answers": list(item.answers), "alternatives": list(item.alternatives)}
+    asked = [prefix + text for text in item.prompts or (item.prompt,)]
+    before = {name: asked[:1] * len(answers) for name, answers in texts.items()}
+    if item.prompts:  # of the answers, then of the alternatives
+        before |= {"answers": asked[: len(item.answers)], "alternatives": asked[len(item.answers) :]}
+    rendered = {text: _rendered(loaded, benchmark, text) for text in asked}
+    prompt = rendered[asked[0]]
     requests: dict[str, list[Request]] = {}
     for metric in (metric for key, metric in subset.metrics.items() if only is None or key in only):
         for name in reads(metric):
             name = "generation" if name == REREAD else name
             if name in texts and name not in requests:
-                completions = [render_answer(loaded.tokenizer, messages, text) for text in texts[name]]
-                requests[name] = [Request("log_prob", prompt, completion) for completion in completions]
+                requests[name] = [
+                    Request("log_prob", rendered[text], _answer_to(loaded, benchmark, text, answer))
+                    for text, answer in zip(before[name], texts[name], strict=True)
+                ]
             elif name in ("generation", "samples") and name not in requests:
-                room = max(benchmark.max_length - len(encode(loaded.tokenizer, render(loaded.tokenizer, bare))), 1)
+                bare = _rendered(loaded, benchmark, item.prompt)
+                room = max(benchmark.max_length - len(encode(loaded.tokenizer, bare)), 1)
                 requests[name] = [Request("generation", prompt, max_new_tokens=room)]
                 if name == "samples":
                     chosen = {"seed": seed, "temperature": subset.temperature, "top_p": subset.top_p}
                     numbers = range(subset.samples or 0)
                     requests[name] = [Sample("sample", prompt, "", room, number, **chosen) for number in numbers]
-    return Prepared(item, encode(loaded.tokenizer, prompt), requests)
+            elif name == "logits":
+                requests[name] = [Request("logits", prompt)]
+    return Prepared(item, {text: encode(loaded.tokenizer, text) for text in rendered.values()}, requests)
+
+
+def _rendered(loaded: Loaded, benchmark: Benchmark, text: str) -> str:
+    """A prompt as the model reads it."""
+    return text if benchmark.raw else render(loaded.tokenizer, [{"role": "user", "content": text}])
+
+
+def _answer_to(loaded: Loaded, benchmark: Benchmark, text: str, answer: str) -> str:
+    """`answer` as it follows the rendered prompt."""
+    if benchmark.raw:
+        return answer if text[-1:].isspace() else f" {answer}"
+    return render_answer(loaded.tokenizer, [{"role": "user", "content": text}], answer)
 
 
 def row_of(asked: Asked, store: Store, known: dict[Hashable, Mapping[str, Any]]) -> dict[str, Any]:
@@ -282,13 +322,15 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
     stored = {name: [store.get(key) for key in keys] for name, keys in asked.keys.items()}
     read: dict[str, Any] = {"target": asked.item.target, "flagged": float(asked.flagged), NEAREST: asked.nearest}
     for name, found in stored.items():
+        if name == "logits":  # read with those of other rows, by `add_together`
+            continue
         if name == "generation":
             read[name] = found[0]
         elif name == "samples":
             read[name] = found
         else:
             probabilities = [log_prob(value) for value in found]
-            read[name] = probabilities if name == "alternatives" else probabilities[0]
+            read[name] = probabilities if name in ("answers", "alternatives") else probabilities[0]
     subset = benchmarks[asked.item.benchmark].subset(asked.item.subset)
     values = {
         name: metrics[metric](*(read[part] for part in reads(metric)))
@@ -297,3 +339,19 @@ def _read(asked: Asked, store: Store) -> dict[str, Any]:
     }
     nearest = {NEAREST: asked.nearest} if asked.nearest else {}
     return {name: read[name] for name in GENERATED if name in read} | nearest | {"values": values}
+
+
+def add_together(asked: Sequence[Asked], rows: Sequence[dict[str, Any]], store: Store) -> None:
+    """Give `rows`, which these are, the values of metrics that see the rows of a subset together."""
+    subsets: dict[tuple[str, str], list[int]] = {}
+    for number, one in enumerate(asked):
+        if "logits" in one.keys:
+            subsets.setdefault((one.item.benchmark, one.item.subset), []).append(number)
+    for (benchmark, subset), numbers in subsets.items():
+        logits = [unpacked(store.get(asked[number].keys["logits"][0])) for number in numbers]
+        places = [asked[number].item.place for number in numbers]
+        for name, metric in benchmarks[benchmark].subset(subset).metrics.items():
+            values = metrics[metric](logits, places) if metrics[metric].together else [None] * len(numbers)
+            for number, value in zip(numbers, values, strict=True):
+                if value is not None:
+                    rows[number]["values"] = {**rows[number]["values"], name: value}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
 from ecoprompt.declared import bind_aggregates, dangling, parts, with_shared_metrics
+from ecoprompt.items import OWN, Choosing, Item, choose
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
 from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
@@ -35,31 +35,18 @@ from ecoprompt.template import fill, template_names
 
 PACKAGE = Path(__file__).parent
 
-
-@dataclass(frozen=True)
-class Item:
-    """A row as it is asked and scored; `index` is its number in the data set, from 0."""
-
-    benchmark: str
-    subset: str
-    index: int
-    prompt: str
-    target: str
-    reference: str
-    alternatives: tuple[str, ...] = ()
-
-
 MetricName = Annotated[str, as_value_error(metrics.__getitem__)]
 PressureName = Annotated[str, as_value_error(pressures.__getitem__)]
 
 
-class Subset(Reading, Named):
+class Subset(Choosing, Reading, Named):
     """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
 
-    `answer`, `reference` and `alternatives` name columns; without a reference the answer is its own. `answer_words` is
-    how many words of a long answer count, from its first. `samples` is how many answers are drawn for the metrics that
-    read them, at `temperature`, from the likeliest tokens that together have the probability `top_p`. `pressure`
-    rewrites the prompts; each of `pressures` makes a further subset of the same rows, called SUBSET_PRESSURE.
+    `answer`, `reference` and `alternatives` name columns, for which `choices` and `right` stand where an answer is to
+    be chosen; without a reference the answer is its own. `answer_words` is how many words of a long answer count, from
+    its first. `samples` is how many answers are drawn for the metrics that read them, at `temperature`, from the
+    likeliest tokens that together have the probability `top_p`. `pressure` rewrites the prompts; each of `pressures`
+    makes a further subset of the same rows, called SUBSET_PRESSURE.
     """
 
     prompt: Template | None = None
@@ -88,7 +75,9 @@ class Subset(Reading, Named):
 
     @model_validator(mode="after")
     def _has_what_metrics_read(self) -> Subset:
-        given = set(ROW_INPUTS) - {name for name in ("alternatives", "samples") if getattr(self, name) is None}
+        keys = {"samples": self.samples, "alternatives": self.alternatives or self.choices}
+        keys |= dict.fromkeys(("answers", "logits", "place"), self.choices)
+        given = set(ROW_INPUTS) - {name for name, key in keys.items() if key is None}
         pairs = [(metric, key) for metric in self.metrics.values() for key in reads(metric)]
         lacking = [f"'{metric}' reads '{key}'" for metric, key in pairs if key not in given]
         if lacking:
@@ -101,7 +90,8 @@ class Benchmark(Named):
 
     `of` names the benchmark whose forget sets it shares; `metrics` and `pressures` are those of all subsets that state
     none; `tradeoff` are the columns that a plot sets against each other, by itself the first of a forget set and the
-    first of others.
+    first of others. With `raw`, prompts are given to a model as they stand, without a chat template, and an answer
+    follows after a space.
     """
 
     of: str | None = None
@@ -113,6 +103,7 @@ class Benchmark(Named):
     revision: str | None = None
     split: str = "train"
     prompt: Template
+    raw: bool = False
     max_length: Annotated[int, Field(ge=1)]
     rows: dict[str, int] = {}
     columns: Texts = ()
@@ -170,16 +161,14 @@ class Benchmark(Named):
         return found
 
     def forget_columns(self) -> dict[str, tuple[list[str], list[str]]]:
-        """The columns that are read off forget sets alone: by name the subsets and the keys of metrics they are of.
-
-        Without those that need another model's reading, which is there only when all runs are done.
-        """
+        """The columns that are read off forget sets alone, row by row: by name the subsets and the keys of metrics they
+        are of. Without those that need another model's reading, which is there only when all runs are done."""
         forgotten = {name: subset for name, subset in self.subsets.items() if subset.forget}
         found = {
             f"{name}_{key}": ([name], [key])
             for name, subset in forgotten.items()
             for key, metric in subset.metrics.items()
-            if "reread" not in reads(metric)
+            if not metrics[metric].together and "reread" not in reads(metric)
         }
         for name, parameters in self.aggregates.items():
             subsets = parameters.get("subsets") or [parameters["subset"]]
@@ -226,21 +215,22 @@ class Benchmark(Named):
         Of a forget set, the share `held_out` of its rows is kept apart for a search: these if `held`, else all others.
         """
         table = self.subset(subset)
-        prompt = table.prompt or self.prompt
         rows = list(enumerate(self.subset_rows(subset, forget, root)))
         parts = split(rows, held_out, seed) if table.forget else (rows, [])
-        return [
-            Item(
-                benchmark=self.name,
-                subset=subset,
-                index=index,
-                prompt=press(table.pressure, fill(prompt, row), seed),
-                target=table.scored(row, table.answer),
-                reference=table.scored(row, table.reference or table.answer),
-                alternatives=tuple(row[table.alternatives]) if table.alternatives else (),
-            )
-            for _, (index, row) in sample(parts[held], limit, seed)
-        ]
+        return [self._item(table, index, row, seed) for _, (index, row) in sample(parts[held], limit, seed)]
+
+    def _item(self, table: Subset, index: int, row: Row, seed: int) -> Item:
+        """`row` as it is asked."""
+        prompt = table.prompt or self.prompt
+        if table.choices is not None:
+            said = choose(table, prompt, row, f"{self.name}, {table.name}: row {index + 1}")
+        else:
+            said = {"prompt": fill(prompt, row), "target": table.scored(row, table.answer)}
+            said["reference"] = table.scored(row, table.reference or table.answer)
+            said["alternatives"] = tuple(row[table.alternatives]) if table.alternatives else ()
+        said["prompt"] = press(table.pressure, said["prompt"], seed)
+        said["prompts"] = tuple(press(table.pressure, one, seed) for one in said.get("prompts", ()))
+        return Item(benchmark=self.name, subset=table.name, index=index, **said)
 
     def gate_texts(self, forget: str | ForgetSet | None, root: Path | None = None) -> GateData:
         """The prompts that train a gate for `forget`, and those that test it, none of which it is trained on."""
@@ -331,9 +321,9 @@ class Benchmark(Named):
 
     def _columns_read(self, subset: Subset) -> dict[str, type]:
         prompt = subset.prompt or self.prompt
-        columns: dict[str, type] = dict.fromkeys(sorted(template_names(prompt)), object)
-        columns |= dict.fromkeys(sorted(template_names(prompt, printed=True)), str)
-        if subset.asks_model:
+        columns: dict[str, type] = dict.fromkeys(sorted(subset.names(prompt)), object)
+        columns |= dict.fromkeys(sorted(template_names(prompt, printed=True) - OWN), str)
+        if subset.asks_model and subset.choices is None:
             columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
         return columns | ({subset.alternatives: list} if subset.alternatives is not None else {})
 

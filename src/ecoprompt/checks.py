@@ -82,10 +82,11 @@ def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
                 and {*benchmarks[other].better()} & {*benchmarks[name].better()}
             ):
                 problems.append(f"'evaluate.{number}.benchmark': its results are named like those of '{other}' above")
-        for subset in entry["limit"] if isinstance(entry.get("limit"), dict) else ():
-            if subset not in benchmarks[name].subsets:
-                hint = nearest(subset, benchmarks[name].subsets)
-                problems.append(f"'evaluate.{number}.limit.{subset}': no such subset of {name}; {hint}")
+        for key, kind in (("limit", dict), ("subsets", list)):
+            for subset in entry[key] if isinstance(entry.get(key), kind) else ():
+                if subset not in benchmarks[name].subsets:
+                    hint = nearest(str(subset), benchmarks[name].subsets)
+                    problems.append(f"'evaluate.{number}.{key}.{subset}': no such subset of {name}; {hint}")
     data = raw["data"] if isinstance(raw.get("data"), dict) else {}
     checks = data["checks"] if isinstance(data.get("checks"), list) else []
     for number, name in enumerate(checks):

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ecoprompt.asking import Asked, Asking, judge, read_again, rereads, row_of
-from ecoprompt.benchmarks import Benchmark, Item, parse_forget
+from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
+from ecoprompt.benchmarks import Benchmark, parse_forget
+from ecoprompt.items import Item
 from ecoprompt.models import HUB_ID, aliases, load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.paired import paired, standard_error
 from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
@@ -26,6 +28,8 @@ from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_re
 from ecoprompt.sources import ForgetSet
 from ecoprompt.sweep import key_path
 
+ORIGINAL = "original"
+"""The run that a guard's harm is measured against."""
 STORE = "scores.jsonl"
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
@@ -139,11 +143,15 @@ def _conclude(
     """Metrics, summary and files of runs that are computed."""
     known: dict[Hashable, Mapping[str, Any]] = {}
     rows = {run.name: [row_of(asked, store, known) for asked in done[run.name][0]] for run in runs}
+    for name, found in rows.items():
+        add_together(done[name][0], found, store)
     entries: dict[str, Any] = {}
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, rows[run.name], rows.get(_retain(run.name, rows))),
+            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
+            "errors": _errors(recipe, rows[run.name]),
+            "paired": _paired(recipe, rows[run.name], rows.get(_same_point(ORIGINAL, run.name, rows))),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
@@ -158,6 +166,7 @@ def _conclude(
         "columns": [column for table in tables for column in table.table_columns()],
         "tradeoff": _tradeoff(tables),
         "better": {name: way for table in tables for name, way in table.better().items()},
+        "chance": _chance(done[runs[0].name][0]),
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
         "resolved": recipe.document(),
@@ -179,21 +188,21 @@ def _tradeoff(tables: Sequence[Benchmark]) -> list[str]:
     return declared or (first if all(first) else columns[:2])
 
 
-def _retain(run: str, values: Mapping[str, Any]) -> str:
-    """The run to compare `run` with: of the same point of a sweep, if that changes the retain run too."""
+def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
+    """The run called `which` to compare `run` with: of the same point of a sweep, if that changes it too."""
     point = set(run.partition("[")[2].removesuffix("]").split(","))
     for name in values:
         base, _, rest = name.partition("[")
-        if base == RETAIN and set(rest.removesuffix("]").split(",")) <= point | {""}:
+        if base == which and set(rest.removesuffix("]").split(",")) <= point | {""}:
             return name
-    return RETAIN
+    return which
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
+        counts = {name: count for name, count in benchmark.dry_rows(forget_set, root).items() if table.reads(name)}
         held_out = recipe.optimize.held_out if recipe.optimize else 0.0
         for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
@@ -283,7 +292,7 @@ def _items(recipe: Recipe) -> list[Item]:
     found = [
         item
         for table, benchmark, forget_set, root in tables_of(recipe)
-        for subset in benchmark.subsets
+        for subset in filter(table.reads, benchmark.subsets)
         for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
@@ -322,8 +331,38 @@ def _metrics(
         own = values_of(rows, benchmark.name)
         theirs = values_of(retain, benchmark.name) if retain is not None else None
         for name, parameters in benchmark.aggregates.items():
-            found[name] = aggregates[name](own, theirs, **parameters)
+            if all(map(table.reads, parameters.get("subsets") or [parameters["subset"]])):
+                found[name] = aggregates[name](own, theirs, **parameters)
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
+    return found
+
+
+def _chance(asked: Sequence[Asked]) -> dict[str, float]:
+    """What a model that knows nothing scores, by column, where that is known."""
+    found: dict[str, list[float]] = {}
+    for item in (one.item for one in asked):
+        for name, metric in benchmarks[item.benchmark].subset(item.subset).metrics.items():
+            if (chance := metrics[metric].chance) is not None:
+                found.setdefault(f"{item.subset}_{name}", []).append(chance(len(item.alternatives)))
+    return {column: float(np.mean(values)) for column, values in found.items()}
+
+
+def _errors(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard error of every row metric's mean, by column."""
+    by_benchmark = [values_of(rows, table.benchmark) for table in recipe.evaluate]
+    return {name.replace("/", "_"): standard_error(array) for own in by_benchmark for name, array in own.items()}
+
+
+def _paired(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], original: Sequence[Mapping[str, Any]] | None
+) -> dict[str, dict[str, float]] | None:
+    """How much every row metric is above the original run's, by column; None for that run itself and without one."""
+    if original is None or rows is original:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    for table in recipe.evaluate:
+        own, theirs = values_of(rows, table.benchmark), values_of(original, table.benchmark)
+        found |= {name.replace("/", "_"): paired(own[name], theirs[name])._asdict() for name in own}
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from ecoprompt.probe import probed
 from ecoprompt.registry import aggregates, metrics
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Better = Literal["higher", "lower", "closer to retain"]
 
-ROW_INPUTS = ("answer", "reference", "alternatives", "generation", "samples", "reread", "nearest", "target", "flagged")
+ROW_INPUTS = (
+    *("answer", "answers", "reference", "alternatives", "generation", "samples", "reread", "logits", "nearest"),
+    *("target", "place", "flagged"),
+)
 """What a row metric may read: its positional parameters carry these names."""
 
 
@@ -47,17 +51,20 @@ def direction(
     better: Better,
     of: Sequence[str] = (),
     chance: Callable[[int], float] | None = None,
+    together: bool = False,
     ready: Callable[[], object] | None = None,
     model: str | None = None,
 ) -> Callable[[F], F]:
     """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
 
-    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives; `ready`
+    `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives. A metric
+    that sees the rows of a subset `together` takes lists, and gives a list with None for rows without a value. `ready`
     raises EcopromptError where what a row metric needs is not there, and `model` is the Hub's that it needs.
     """
 
     def mark(function: F) -> F:
-        function.__dict__.update(better=better, of=tuple(of), chance=chance, ready=ready, model=model)
+        about = {"better": better, "of": tuple(of), "chance": chance, "together": together}
+        function.__dict__.update(about, ready=ready, model=model)
         return function
 
     return mark
@@ -71,7 +78,7 @@ def reads(name: str) -> tuple[str, ...]:
 
 def asks_model(name: str) -> bool:
     """Whether row metric `name` reads what only a language model can say."""
-    return any(part not in ("target", "flagged") for part in reads(name))
+    return any(part not in ("target", "place", "flagged") for part in reads(name))
 
 
 def _exp(exponent: float) -> float:
@@ -107,6 +114,28 @@ def choice_accuracy(answer: LogProb, alternatives: Sequence[LogProb]) -> float:
     Of choices named by letters of one token each, it is the accuracy by the letters' logits.
     """
     return float(all(answer.mean > other.mean for other in alternatives))
+
+
+@metrics.register
+@direction("higher")
+def true_answers_probability(answers: Sequence[LogProb], alternatives: Sequence[LogProb]) -> float:
+    """Share of all true answers in the probabilities of all answers, in [0, 1] (TruthfulQA's MC2).
+
+    Computed from differences of logarithms, so that it stays defined where every probability underflows.
+    """
+    most = max(one.total for one in (*answers, *alternatives))
+    true, false = (math.fsum(math.exp(one.total - most) for one in these) for these in (answers, alternatives))
+    return true / (true + false)
+
+
+@metrics.register
+@direction("higher", chance=lambda alternatives: 1 / (1 + alternatives), together=True)
+def linear_probe(logits: Sequence[NDArray[np.float32]], place: Sequence[int]) -> list[float | None]:
+    """1 if logistic regression finds the right choice's place from the logits after the prompt, else 0.
+
+    Fitted on the first half of a subset's rows, of which it has no values, and read off the second.
+    """
+    return probed(logits, place)
 
 
 @metrics.register
@@ -204,6 +233,13 @@ def model_utility(values: Values, retain: Values | None, *, subsets: list[str]) 
     if 0 in parts:
         return 0.0
     return len(parts) / math.fsum(1 / part for part in parts)
+
+
+@aggregates.register
+@direction("higher", of=["accuracy"])
+def mean_accuracy(values: Values, retain: Values | None, *, subsets: list[str]) -> float:
+    """Mean of the subsets' accuracies, each as much as any other."""
+    return math.fsum(float(values[f"{subset}/accuracy"].mean()) for subset in subsets) / len(subsets)
 
 
 @aggregates.register

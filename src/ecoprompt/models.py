@@ -305,3 +305,22 @@ def pad(loaded: Loaded, rows: Sequence[Sequence[int]], left: bool) -> tuple[Any,
         ids[number, place] = torch.tensor(row)
         mask[number, place] = 1
     return ids.to(loaded.model.device), mask.to(loaded.model.device)
+
+
+def batches(lengths: Sequence[int], budget: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices in batches of at most `budget` padded tokens (what is longer stands alone), longest first.
+
+    Each index stands for one row of its length, or for `rows` of them.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    formed: list[list[int]] = []
+    held = 0
+    for number in order:
+        count = rows[number] if rows is not None else 1
+        if formed and (held + count) * lengths[formed[-1][0]] <= budget:
+            formed[-1].append(number)
+            held += count
+        else:
+            formed.append([number])
+            held = count
+    return formed

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from ecoprompt.asking import Asking, row_of
-from ecoprompt.benchmarks import Benchmark, Item
+from ecoprompt.benchmarks import Benchmark
 from ecoprompt.checks import STRENGTHS
 from ecoprompt.corruption import dimensions
 from ecoprompt.evaluate import STORE, tables_of, values_of
+from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.plots import draw_search, rendered

@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ecoprompt.models import Loaded, pad
+from ecoprompt.models import Loaded, batches, pad
 
 Attached = Callable[[], AbstractContextManager[Any]]
 """What a prompt is read under: a guard's `with` block, or none."""
@@ -109,6 +111,19 @@ def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attache
     if not isinstance(cache, DynamicCache) or not all(_is_plain(layer, longest) for layer in cache.layers):
         return None
     return Prefill(_cache([(layer.keys, layer.values) for layer in cache.layers]), mask, out.logits[:, -1])
+
+
+def last_logits(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], tokens: int, attached: Attached
+) -> list[NDArray[np.float32]]:
+    """The logits [V] that follow each prompt, computed in batches of at most so many padded tokens."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for chunk in batches(list(map(len, prompts)), tokens):
+        ids, mask = pad(loaded, [prompts[number] for number in chunk], left=True)
+        with torch.inference_mode(), attached():
+            logits = _forward(loaded.model, ids, mask, None, logits_to_keep=1).logits[:, -1]
+        found |= zip(chunk, logits.float().cpu().numpy(), strict=True)
+    return [found[number] for number in range(len(prompts))]
 
 
 def _is_plain(layer: Any, longest: int) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ecoprompt.metrics import LogProb
-from ecoprompt.models import Loaded, encode, encode_pair, pad
+from ecoprompt.models import Loaded, batches, encode, encode_pair, pad
+from ecoprompt.probe import packed
 from ecoprompt.registry import EcopromptError, Progress, quiet
 from ecoprompt.results import Store, key
 
@@ -43,13 +44,13 @@ Scored = tuple[float, int]
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask of a model: the log-probability of `completion` after `prompt`, or a generation.
+    """What to ask of a model: the log-probability of `completion` after `prompt`, a generation, or the logits there.
 
-    Both are rendered text. A generation has `max_new_tokens` >= 1 and no completion; its first tokens may be known, as
+    All are rendered text. A generation has `max_new_tokens` >= 1 and no completion; its first tokens may be known, as
     its `start`.
     """
 
-    kind: Literal["log_prob", "generation", "sample"]
+    kind: Literal["log_prob", "generation", "sample", "logits"]
     prompt: str
     completion: str = ""
     max_new_tokens: int = 0
@@ -158,25 +159,6 @@ class Room:
                     ) from None
             torch.cuda.empty_cache()
             self.tokens, self._logits = max(1, self.tokens // 2), self._logits // 2
-
-
-def batches(lengths: Sequence[int], budget: int, rows: Sequence[int] | None = None) -> list[list[int]]:
-    """Indices in batches of at most `budget` padded tokens (what is longer stands alone), longest first.
-
-    Each index stands for one row of its length, or for `rows` of them.
-    """
-    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    formed: list[list[int]] = []
-    held = 0
-    for number in order:
-        count = rows[number] if rows is not None else 1
-        if formed and (held + count) * lengths[formed[-1][0]] <= budget:
-            formed[-1].append(number)
-            held += count
-        else:
-            formed.append([number])
-            held = count
-    return formed
 
 
 def log_prob(value: Any) -> LogProb:
@@ -358,6 +340,14 @@ def _continuations(
     return [decode(loaded, row) for row in made]
 
 
+def _logits(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[str]:
+    """The logits that follow each prompt, packed."""
+    from ecoprompt.prefill import last_logits
+
+    prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
+    return [packed(row) for row in last_logits(loaded, prompts, room.tokens, _attached(guard))]
+
+
 def _drawing(drawn: Sequence[Sample]) -> Drawing | None:
     if not drawn:
         return None
@@ -391,5 +381,6 @@ KINDS: dict[str, tuple[Callable[..., list[Any]], str]] = {
     "log_prob": (_log_probs, "scoring"),
     "generation": (_generations, "generating"),
     "sample": (_samples, "sampling"),
+    "logits": (_logits, "reading logits"),
 }
 """What computes each kind of request, and what that is called while it lasts."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ecoprompt.registry import InputError, nearest
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+    from jinja2.environment import TemplateExpression
+
+T = TypeVar("T")
 
 LONGEST = 20_000
 """Characters of a template; what is longer is nobody's prompt."""
@@ -23,16 +27,34 @@ _NODES = (
 )
 _CASES = {"capitalize", "lower", "title", "upper"}
 _FILTERS = _CASES | {"default", "e", "first", "int", "join", "last", "length", "list", "replace", "string", "trim"}
-_METHODS = _CASES | {"endswith", "lstrip", "removeprefix", "removesuffix", "replace", "rstrip", "split"}
+_FILTERS |= {"unbracketed"}
+_METHODS = _CASES | {"endswith", "index", "lstrip", "removeprefix", "removesuffix", "replace", "rstrip", "split"}
 _METHODS |= {"startswith", "strip"}
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
     """`template` (Jinja, sandboxed) rendered with `values`; raises InputError for a name that is not among them."""
+    return _filled(template, values, lambda: _bounded(_template(template).generate(values)))
+
+
+def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
+    """What `expression`, the inside of a template's {{ }}, comes to with `values`; raises as `fill` does."""
+    return _filled(_printed(expression), values, lambda: _expression(expression)(values))
+
+
+def expression_names(expression: str) -> set[str]:
+    """The names that `expression` uses; raises InputError as `template_names` does."""
+    names = template_names(_printed(expression))
+    _filled(_printed(expression), {}, lambda: _expression(expression))
+    return names
+
+
+def _filled(template: str, values: Mapping[str, Any], compute: Callable[[], T]) -> T:
+    """`compute()`, with what goes wrong told as InputError."""
     import jinja2
 
     try:
-        return _bounded(_template(template).generate(values))
+        return compute()
     except jinja2.UndefinedError as error:
         unknown = sorted(template_names(template) - set(values))
         hints = [f"'{name}' ({nearest(name, values)})" for name in unknown] or [str(error)]
@@ -133,10 +155,28 @@ def _environment() -> Environment:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["unbracketed"] = _unbracketed
+    return environment
+
+
+def _unbracketed(text: str) -> str:
+    """`text` without what stands in [square brackets], up to the first that closes them."""
+    end = text.rfind("]") + 1  # so that every bracket before it is closed, which no search has to find out
+    return re.sub(r"\[.*?\]", "", text[:end], flags=re.DOTALL) + text[end:]
 
 
 @functools.lru_cache(maxsize=256)
 def _template(template: str) -> Template:
     _tree(template)  # before it is compiled, as that already computes what is constant
     return _environment().from_string(template)
+
+
+@functools.lru_cache(maxsize=256)
+def _expression(expression: str) -> TemplateExpression:
+    _tree(_printed(expression))
+    return _environment().compile_expression(expression, undefined_to_none=False)
+
+
+def _printed(expression: str) -> str:
+    return f"{{{{ ({expression}) }}}}"
