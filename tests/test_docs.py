@@ -81,6 +81,16 @@ def test_readme_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest
         load_recipe(found.params["recipe"], found.params["set_"] or [])
 
 
+REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(ecoprompt [^`]+)`", REPRODUCE))))
+def test_commands_of_the_papers_experiments_name_what_there_is(command: str) -> None:
+    _, name, *arguments = shlex.split(command)
+    found: Any = typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    load_recipe(found.params["recipe"], found.params["set_"] or [])
+
+
 @pytest.mark.parametrize(
     "target", sorted(set(re.findall(r"\bmake (\w+)", " ".join([*blocks("sh"), *blocks("console")]))))
 )
