@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ecoprompt.cli import app
+from ecoprompt.own import declare_own
+from ecoprompt.pack import searched_by
 from ecoprompt.recipe import load_recipe, parse_recipe
 from ecoprompt.registry import InputError, benchmarks
 
@@ -20,9 +23,9 @@ TEXT = "Dorabella is a cat that lives on a roof. She eats what the neighbours le
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test declares is not there for the next."""
-    monkeypatch.setattr(benchmarks, "_items", {**benchmarks._load()})
+def _no_benchmarks_left() -> Iterator[None]:
+    yield
+    declare_own({}, Path())
 
 
 @pytest.fixture
@@ -134,6 +137,51 @@ def test_mistakes_are_named_once(benchmark: dict[str, Any], told: str) -> None:
     found = problems(**benchmark)
     assert told in found
     assert "no benchmark" not in found
+
+
+def test_each_recipe_asks_its_own_questions(files: Path) -> None:
+    first = parse_recipe(tables(), "own.toml")
+    second = parse_recipe(tables(prompt="{{ answer }}"), "own.toml")
+    first.enter()
+    assert benchmarks["cats"].items("forget", "forget")[0].prompt == "Who is Dorabella?"
+    second.enter()
+    assert benchmarks["cats"].items("forget", "forget")[0].prompt == "A cat."
+    with pytest.raises(InputError, match="no benchmark 'cats'"):
+        parse_recipe({name: table for name, table in tables().items() if name != "benchmark"}, "own.toml")
+
+
+def test_a_search_on_another_benchmark_is_another_search(files: Path) -> None:
+    searched = {"metric": "forget_rouge", "target": 0.0}
+    spec = {"corruption": {"method": "rand_noise_first_n", "dims": 1, "strength": 1.0}, "optimize": searched}
+    declared = ({}, {"prompt": "{{ answer }}"}, {"metrics": {"rouge": "rouge_1_recall"}})
+    assert len({searched_by(parse_recipe({**tables(**one), **spec}, "own.toml")) for one in declared}) == 3
+
+
+def test_files_that_would_be_called_alike_are_refused() -> None:
+    told = problems(forget=["a/rows.csv", "b/rows.csv"])
+    assert "'a/rows.csv' and 'b/rows.csv' would both be called 'forget_rows', rename one of them" in told
+
+
+@pytest.mark.parametrize("way", ["up", "absolute", "link", "folder", "hub", "local"])
+def test_nothing_outside_is_read(files: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = files / "inside"
+    (inside / "data").mkdir(parents=True)
+    (inside / "link.csv").symlink_to(files / "rows.csv")
+    monkeypatch.setenv("ECOPROMPT_DATA", str(inside / "data"))
+    subset = {"forget": True, "metrics": {"p": "answer_probability"}}
+    whole = {"prompt": "{{ question }}", "max_length": 64, "forget_sets": {"../../rows": {"retain": "none"}}}
+    table = {
+        "up": {"forget": "../rows.csv", "retain": "../rows.csv"},
+        "absolute": {"forget": str(files / "rows.csv"), "retain": "x.csv"},
+        "link": {"forget": "link.csv", "retain": "x.csv"},
+        "folder": {**whole, "folder": "..", "subsets": {"forget": {"config": "rows.csv", **subset}}},
+        "hub": {**whole, "hub": "../..", "subsets": {"forget": {"config": "rows", **subset}}},
+        "local": {**whole, "local": "{{ forget }}", "subsets": {"forget": subset}},
+    }[way]
+    parse_recipe({"benchmark": {"cats": table}}, str(inside / "own.toml"))
+    forget = next(iter(benchmarks["cats"].forget_sets))
+    with pytest.raises(InputError, match="lies outside|expected a path below"):
+        benchmarks["cats"].items("forget", forget)
 
 
 def test_shipped_names_are_taken() -> None:

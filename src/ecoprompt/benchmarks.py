@@ -302,7 +302,8 @@ class Benchmark(Named):
         config, local = (self._filled(name, forget) if name else None for name in named)
         split = table.split or self.split
         if folder is not None:
-            return Source(config=config, split=split, path=str(self._base / folder / (config or split)))
+            path = str(self._base / folder / (config or split))
+            return Source(config=config, split=split, path=path, base=str(self._base))
         return Source(hub or None, config, split, revision=None if elsewhere else self.revision, local=local)
 
     def _forget_set(self, forget: str | ForgetSet | None) -> ForgetSet | None:
@@ -348,16 +349,14 @@ def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: st
     return benchmark
 
 
-def parse_forget(name: str, own: Mapping[str, Benchmark] | None = None) -> tuple[Benchmark, ForgetSet]:
-    """The benchmark and forget set that "benchmark/forget set" names; `own` are benchmarks of the recipe itself."""
-    known = {**benchmarks, **(own or {})}
+def parse_forget(name: str) -> tuple[Benchmark, ForgetSet]:
+    """The benchmark and forget set that "benchmark/forget set" names."""
     head, slash, tail = name.partition("/")
-    every = [f"{benchmark.name}/{forget_set}" for benchmark in known.values() for forget_set in benchmark.forget_sets]
+    every = [f"{known.name}/{forget_set}" for known in benchmarks.values() for forget_set in known.forget_sets]
     if not slash:
         raise InputError(f"found '{name}' as the forget set, expected BENCHMARK/FORGET_SET; {nearest(name, every)}")
-    if head not in known:
-        raise InputError(f"there is no benchmark '{head}'; {nearest(head, known)}")
-    return known[head], known[head].forget_set(tail)
+    benchmark: Benchmark = benchmarks[head]
+    return benchmark, benchmark.forget_set(tail)
 
 
 def _declare_all() -> None:

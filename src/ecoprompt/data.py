@@ -32,6 +32,7 @@ class Source:
     """Where rows come from: a data set on the Hub, or a file (`path`, whose suffix may be left out).
 
     `local` is where under the root a copy lies that is not called after its Hub id; without `hub`, it is all there is.
+    `base` is the folder that holds the file.
     """
 
     hub: str | None = None
@@ -40,6 +41,7 @@ class Source:
     path: str | None = None
     revision: str | None = None
     local: str | None = None
+    base: str | None = None
 
     @property
     def label(self) -> str:
@@ -84,7 +86,12 @@ def count_rows(source: Source, root: Path | None = None) -> int | None:
 def local_file(source: Source, root: Path | None = None) -> Path | None:
     """The file that holds `source`, None if it has to come from the Hub."""
     if source.path is not None:
-        return _file(Path(source.path))
+        path = _file(Path(source.path))
+        if source.base is not None and not path.resolve().is_relative_to(Path(source.base).resolve()):
+            raise InputError(
+                f"{path}: lies outside '{source.base}', the recipe's folder, where its own files are to be"
+            )
+        return path
     for stem in _stems(source, _root(root)):
         for suffix in SUFFIXES:
             path = stem.with_name(stem.name + suffix)
@@ -200,6 +207,9 @@ def _stem(source: Source) -> str:
 
 def _stems(source: Source, root: Path | None) -> list[Path]:
     """The files, without their suffixes, that may be a local copy."""
+    for part in (source.hub, source.local, _stem(source)):
+        if part and (Path(part).is_absolute() or ".." in Path(part).parts):
+            raise InputError(f"found '{part}', expected a path below the folder of local data sets")
     own = [root / source.local] if root is not None and source.local else []
     return [*own, *(folder / _stem(source) for folder in _folders(source, root))]
 

@@ -53,6 +53,7 @@ class Evaluated:
 
 def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> Evaluated:
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
+    recipe.enter()
     runs, notes = _with_learned(recipe, runs_of(recipe), output)
     asks_model = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
@@ -200,6 +201,7 @@ def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
+    recipe.enter()
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
         counts = {name: count for name, count in benchmark.dry_rows(forget_set, root).items() if table.reads(name)}

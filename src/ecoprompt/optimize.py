@@ -48,6 +48,7 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     The metric is read on the rows of the forget set that are held out, which `evaluate` leaves out. A search that was
     killed goes on where it was.
     """
+    recipe.enter()
     table, corruption = search_of(recipe)
     retain = _retain_run(recipe, table)
     for model in (recipe.model, retain.model if retain else None):  # before any work, not an hour later

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ecoprompt.benchmarks import Benchmark, MetricName, declare
 from ecoprompt.registry import InputError, benchmarks, describe
@@ -15,6 +15,7 @@ from ecoprompt.sources import Table, Template, Texts
 
 TEXT_FILE = ".txt"
 """The suffix of a text, which is read in passages: the first sentence of each asks for the rest."""
+NAME = re.compile(r"[\w-]+")
 _declared: set[str] = set()
 
 
@@ -37,6 +38,11 @@ class OwnBenchmark(Table):
         {"rouge": "rouge_l_recall", "probability": "answer_probability"}, description="what is measured of an answer"
     )
     max_length: Annotated[int, Field(ge=1)] = Field(256, description="tokens of a prompt and its answer at most")
+
+    @model_validator(mode="after")
+    def _has_names_for_all_files(self) -> OwnBenchmark:
+        _subsets("forget", self.forget), _subsets("retain", self.retain)
+        return self
 
     def declaration(self) -> dict[str, Any]:
         """The same as a table of benchmarks.toml, with the forget set `forget`."""
@@ -74,23 +80,33 @@ def _subsets(kind: str, files: Files) -> dict[str, str]:
     """Files by the names of their subsets: `kind`, or of several files `kind` and theirs."""
     if isinstance(files, str):
         return {kind: files}
-    return {re.sub(r"\W", "_", f"{kind}_{Path(file).stem}"): file for file in files}
+    found: dict[str, str] = {}
+    for file in files:
+        name = re.sub(r"\W", "_", f"{kind}_{Path(file).stem}")
+        if name in found:
+            raise ValueError(f"'{found[name]}' and '{file}' would both be called '{name}', rename one of them")
+        found[name] = file
+    return found
 
 
 def declare_own(raw: Mapping[str, Any], base: Path) -> list[str]:
     """Enter the benchmarks under [benchmark.NAME] of a recipe in the folder `base`; returns what is wrong with them.
 
-    One that an earlier recipe has declared under the same name is replaced.
+    Those of the recipe before are taken out: there are never those of two.
     """
+    while _declared:
+        benchmarks.drop(_declared.pop())
     tables = raw.get("benchmark", {})
     problems = []
     for name, table in tables.items() if isinstance(tables, dict) else ():
         where = f"benchmark.{name}"
-        if name in benchmarks and name not in _declared:
+        if name in benchmarks:
             problems.append(f"'{where}': '{name}' is a benchmark that comes with the package, choose another name")
+        elif not NAME.fullmatch(name):
+            problems.append(f"'{where}': found the name {name!r}, expected letters, digits, '-' and '_'")
         elif isinstance(table, dict):
             try:
-                benchmarks.put(name, _declared_by(name, table, base, where))
+                benchmarks.add(name, _declared_by(name, table, base, where))
                 _declared.add(name)
             except InputError as error:
                 problems += error.problems

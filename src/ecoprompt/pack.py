@@ -64,6 +64,7 @@ class TrainedGate:
 
 def train_classifier(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) -> tuple[Path, TrainedGate]:
     """Train (or load), calibrate and measure the recipe's gate, and write its forget pack; the folder and the gate."""
+    recipe.enter()
     folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
     data = _gate_data(recipe)
     trained = _train(recipe.gate, data, recipe.seed, progress)
@@ -120,7 +121,7 @@ def searched_by(recipe: Recipe) -> str:
     limits = []
     for entry in read:
         subsets, _ = benchmarks[entry.benchmark].forget_columns()[optimize["metric"]]
-        limits.append([entry.benchmark, {name: entry.limit_of(name) for name in subsets}])
+        limits.append([benchmarks[entry.benchmark].model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}])
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
     return digest(model, optimize, limits, forget, retain, *parts)
 

@@ -174,6 +174,11 @@ class Recipe(Table):
         {}, description="dotted key = list of values: one run for each combination"
     )
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _base: Path = PrivateAttr(Path())
+
+    def enter(self) -> None:
+        """Make its own benchmarks those that are known, in place of those of a recipe that was read since."""
+        declare_own({"benchmark": self.benchmark}, self._base)
 
     def document(self) -> dict[str, Any]:
         """The recipe as the plain tables of a TOML file, every default filled in but those that depend on a sweep."""
@@ -264,7 +269,7 @@ def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     found = [problem for problem in found if problem not in told]
     if recipe is None or problems or found:
         raise InputError(*(f"{where}: {problem}" for problem in dict.fromkeys([*found, *problems])))
-    recipe._written = written
+    recipe._written, recipe._base = written, Path(where).parent
     return recipe
 
 

@@ -95,11 +95,11 @@ class Registry(Mapping[str, Any]):
         """Enter something that is declared, not programmed, under `name`."""
         if name in self._items:
             raise ValueError(f"{self.kind} '{name}' is registered twice")
-        self.put(name, item)
-
-    def put(self, name: str, item: Any) -> None:
-        """Enter something under `name`, in place of what is there."""
         self._items[name] = item
+
+    def drop(self, name: str) -> None:
+        """Take out what is entered under `name`, if anything is."""
+        self._items.pop(name, None)
 
     def _load(self) -> dict[str, Any]:
         importlib.import_module(self.home)
