@@ -123,6 +123,7 @@ def test_a_generation_is_cut_at_its_own_length_or_where_the_text_ends(loaded, st
             loaded.model.steps += 1
             return logits
 
+    assert Room(loaded).pads  # tried before steps are counted
     loaded.model.steps, loaded.model.lm_head = 0, Head()
     monkeypatch.setattr(prefill, "read", prefill.read if shares else lambda *args: None)
     if not shares:
@@ -307,6 +308,7 @@ def test_little_room_has_the_values_of_much(loaded, store, tmp_path, monkeypatch
 def test_a_prompt_is_read_once_for_all_its_completions(family_model, tokenizer, store):
     """Of one-token completions its last logits say all; of others what it left behind is continued."""
     shapes = []
+    assert Room(Loaded(family_model, tokenizer, "fingerprint")).pads  # tried before calls are counted
     family_model.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.logits.shape[:2])))
     choices = [Request("log_prob", PAIRS[0][0], letter) for letter in "abcd"]
     assert {len(encode_pair(tokenizer, one.prompt, one.completion)[1]) for one in choices} == {1}
@@ -332,6 +334,7 @@ def test_what_was_scored_as_likeliest_is_not_generated_again(loaded, store, tmp_
     every = keyed([Request("log_prob", prompt, "said"), Request("generation", prompt, max_new_tokens=limit)])
     answer(loaded, every[1:], store)
     again, steps = Store(tmp_path / "again.jsonl"), []
+    assert Room(loaded).pads  # tried before steps are counted
     loaded.model.register_forward_hook(lambda *args: steps.append(1))
     answer(loaded, every, again)
     assert again.get(every[0][0])[2] == right
@@ -494,6 +497,22 @@ def test_a_window_that_holds_all_of_a_text_is_continued(window, shares, tokenize
     shared, found = both_ways(AutoModelForCausalLM.from_config(config).eval(), tokenizer, tmp_path, monkeypatch)
     assert shared == shares
     check_both(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("architecture", "padded"), [("bart", False), ("roberta", False), ("mamba", True), ("opt", True)]
+)
+def test_a_model_that_misreads_padding_gets_none(architecture, padded, tokenizer, tmp_path, monkeypatch):
+    model = architectures.build(architecture)
+    loaded = Loaded(model, tokenizer, "x")
+    assert Room(loaded).pads == padded
+    alone = [Request("generation", prompt, max_new_tokens=4) for prompt in ("Who?", "Where does he live now?")]
+    together, apart = Store(tmp_path / "together"), Store(tmp_path / "apart")
+    answer(loaded, keyed(alone), together)
+    for one in keyed(alone):
+        answer(loaded, [one], apart)
+    assert [together.get(name) for name, _ in keyed(alone)] == [apart.get(name) for name, _ in keyed(alone)]
 
 
 @pytest.mark.slow

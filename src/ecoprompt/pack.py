@@ -121,7 +121,9 @@ def searched_by(recipe: Recipe) -> str:
     limits = []
     for entry in read:
         subsets, _ = benchmarks[entry.benchmark].forget_columns()[optimize["metric"]]
-        limits.append([benchmarks[entry.benchmark].model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}])
+        limits.append(
+            [benchmarks[entry.benchmark].model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}]
+        )
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
     return digest(model, optimize, limits, forget, retain, *parts)
 

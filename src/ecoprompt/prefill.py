@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +114,44 @@ def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attache
     return Prefill(_cache([(layer.keys, layer.values) for layer in cache.layers]), mask, out.logits[:, -1])
 
 
+def reads_behind_padding(loaded: Loaded) -> bool:
+    """Whether a model reads a prompt behind padding as it reads it alone, and what follows it as in one go.
+
+    A decoder that counts positions from the first token, padding or not, does not; nor does one that lays a cache out
+    in its own way. Tried on a few tokens, as no configuration tells, once for each model.
+    """
+    if loaded.model not in _behind_padding:
+        _behind_padding[loaded.model] = _reads_behind_padding(loaded)
+    return _behind_padding[loaded.model]
+
+
+_behind_padding: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _reads_behind_padding(loaded: Loaded) -> bool:
+    first, second = ([*range(2, length)] for length in (6, 9))
+    try:
+        before = read(loaded, [first[:-1], second[:-1]], 9, nullcontext)
+        with torch.inference_mode():
+            alone = [loaded.model(input_ids=pad(loaded, [ids], left=True)[0]).logits[0, -2:] for ids in (first, second)]
+        if before is None:  # nothing is shared, but generate pads as well
+            ids, mask = pad(loaded, [first, second], left=True)
+            with torch.inference_mode():
+                found = _forward(loaded.model, ids, mask, None).logits[:, -1:]
+        else:
+            last = torch.tensor([first[-1:], second[-1:]], device=before.mask.device)
+            found = torch.cat([before.logits[:, None], follow(loaded, before, last, torch.ones_like(last))], dim=1)
+    except Exception:  # whatever it is that a model of its own kind makes of this, it is not read so
+        return False
+    expected = torch.stack(alone)[:, -found.shape[1] :]
+    tolerance = torch.finfo(loaded.model.dtype).eps ** 0.5 * float(expected.abs().max())
+    return bool((found - expected).abs().max() <= tolerance)
+
+
 def last_logits(
     loaded: Loaded, prompts: Sequence[Sequence[int]], tokens: int, attached: Attached
 ) -> list[NDArray[np.float32]]:
-    """The logits [V] that follow each prompt, computed in batches of at most so many padded tokens."""
+    """The logits [V] that follow each prompt, computed in batches of at most so many padded tokens; 0: one by one."""
     found: dict[int, NDArray[np.float32]] = {}
     for chunk in batches(list(map(len, prompts)), tokens):
         ids, mask = pad(loaded, [prompts[number] for number in chunk], left=True)

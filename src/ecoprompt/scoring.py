@@ -138,6 +138,14 @@ class Room:
         cuda = loaded.model.device.type == "cuda"
         self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // _table(loaded.model)[0]
         self.shares = True
+        self._loaded = loaded
+
+    @property
+    def pads(self) -> bool:
+        """Whether the model may be given padded prompts."""
+        from ecoprompt.prefill import reads_behind_padding
+
+        return reads_behind_padding(self._loaded)
 
     def width(self, tokens: int, read: int) -> int:
         """What a row of `tokens` counts for, of which the logits are computed at `read` positions."""
@@ -224,6 +232,7 @@ def _log_probs(loaded: Loaded, guard: Guard | None, requests: Sequence[Request],
     found = None
     if (
         room.shares
+        and room.pads
         and (guard is None or guard.forget.scope == "prompt")
         and len({head for head, _ in pairs}) < len(pairs)
     ):
@@ -331,9 +340,14 @@ def _continuations(
     limits = [request.max_new_tokens for request in requests]
     starts = [request.start[:limit] for request, limit in zip(requests, limits, strict=True)]
     slots = max(1, GOING_ON * room.tokens // max(map(operator.add, map(len, prompts), limits)))
-    made = continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard)) if room.shares else None
+    made = (
+        continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard))
+        if room.shares and room.pads
+        else None
+    )
     if made is None:
         room.shares, made = False, []
+        slots = slots if room.pads else 1
         for start in range(0, len(prompts), slots):
             part = slice(start, start + slots)
             made += _generate(loaded, guard, prompts[part], limits[part], drawn[part])
@@ -345,7 +359,7 @@ def _logits(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], ro
     from ecoprompt.prefill import last_logits
 
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
-    return [packed(row) for row in last_logits(loaded, prompts, room.tokens, _attached(guard))]
+    return [packed(row) for row in last_logits(loaded, prompts, room.tokens * room.pads, _attached(guard))]
 
 
 def _drawing(drawn: Sequence[Sample]) -> Drawing | None:
