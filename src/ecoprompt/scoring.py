@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ecoprompt.guard import Guard
     from ecoprompt.sampling import Drawing
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever prompts, answers or scores come to be made in another way, so that old results are not mixed in."""
 MOST_TOKENS = 8192
 """Padded tokens of a batch on a CPU, where more gain nothing; on a GPU it may be eight times as many."""
