@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -239,10 +240,8 @@ class Method:
             for name, one in inspect.signature(losses[term]).parameters.items()
             if one.kind is _KEY
         }
-        annotation = dict[
-            Literal[tuple(weights)],  # type: ignore[valid-type]
-            Annotated[float, Field(ge=0, description="of the terms of the loss; those not named keep theirs")],
-        ]
+        weight = Annotated[float, Field(ge=0, description="of the terms of the loss; those not named keep theirs")]
+        annotation = GenericAlias(dict, (Literal.__getitem__(tuple(weights)), weight))
         weighed = inspect.Parameter("weights", _KEY, default=self.weights, annotation=annotation)
         self.__signature__ = inspect.Signature([*keys.values(), weighed])
 
