@@ -36,6 +36,7 @@ ORDER = (
     + [
         "benchmarks",
         "own",
+        "learning",
         "recipe",
         "results",
         "tables",
@@ -57,12 +58,15 @@ ORDER = (
         "evaluate",
         "optimize",
         "training",
+        "lessons",
+        "finetune",
+        "baseline",
     ]
     + ["sandbox", "chat", "terminal", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`card`, `turns`, `verdicts` and `calls` are parts of modules that follow them, `template` of what makes prompts, `files`
-of what reads a pack."""
+`card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them, `template` of what
+makes prompts, `files` of what reads a pack."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 
