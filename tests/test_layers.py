@@ -38,6 +38,7 @@ ORDER = (
         "own",
         "learning",
         "recipe",
+        "lessons",
         "results",
         "tables",
         "tokens",
@@ -58,7 +59,6 @@ ORDER = (
         "evaluate",
         "optimize",
         "training",
-        "lessons",
         "finetune",
         "baseline",
     ]

@@ -214,6 +214,65 @@ def evaluate(
 
 
 @_command
+def finetune(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: OutputOption = RESULTS,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train the model subject to unlearning and a retain model.
+
+    They are written to DIR/<recipe>/models/. Started again after an interruption, it goes on where it was.
+    """
+    from ecoprompt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    from ecoprompt.lessons import finetune_table
+
+    finetune_table(loaded)
+    if dry_run:
+        _print_plan(loaded, json)
+        return
+    from ecoprompt.finetune import finetune
+
+    with progress_bar() as progress:
+        _print_trained(finetune(loaded, output, progress), json)
+
+
+@_command
+def baseline(
+    recipe: RecipeArgument,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", metavar="METHOD", help="A named method, as in npo; default: [baseline] loss."),
+    ] = None,
+    set_: SetOption = None,
+    output: OutputOption = RESULTS,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Unlearn in weight space by a method of the literature, to compare with.
+
+    The model is written to DIR/<recipe>/baselines/METHOD/, with what it cost. Started again after an interruption, it
+    goes on where it was.
+    """
+    from ecoprompt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, [*(set_ or []), *([f"baseline.loss={loss}"] if loss else [])])
+    from ecoprompt.lessons import baseline_table
+
+    baseline_table(loaded)
+    if dry_run:
+        _print_plan(loaded, json)
+        return
+    from ecoprompt.baseline import baseline
+
+    with progress_bar() as progress:
+        _print_trained(dict([baseline(loaded, output, progress)]), json)
+
+
+@_command
 def chat(
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="An alias, a Hub id or a folder.")],
     forget: Annotated[
@@ -276,6 +335,16 @@ def chat(
             pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
 
 
+def _print_trained(made: dict[Path, dict[str, Any]], json: bool) -> None:
+    """The models that were trained, and what that cost."""
+    from ecoprompt.tables import training_table
+
+    if json:
+        print_json({str(folder): about for folder, about in made.items()})
+    else:
+        show(training_table(made))
+
+
 def _print_plan(recipe: Any, json: bool) -> None:
     """What would run: the recipe with its defaults, its runs, rows and devices."""
     from ecoprompt.evaluate import plan
@@ -292,6 +361,9 @@ def _print_plan(recipe: Any, json: bool) -> None:
     for benchmark, rows in planned["rows"].items():
         counts = ", ".join(f"{subset} {'?' if count is None else count}" for subset, count in rows.items())
         print(f"# rows of {benchmark}: {counts}")
+    for command in ("finetune", "baseline"):
+        for name, count in planned.get(command, {}).items():
+            print(f"# {command} {name}: {'?' if count is None else count} rows an epoch")
     if "search" in planned:
         print(f"# search: {', '.join(f'{name} {value}' for name, value in planned['search'].items())}")
     print(f"# devices: {planned['devices']}")

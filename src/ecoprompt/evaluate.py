@@ -16,6 +16,7 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
+from ecoprompt.lessons import planned_training
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
@@ -180,6 +181,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "rows": rows,
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
+        **planned_training(recipe),
     }
 
 

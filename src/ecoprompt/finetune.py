@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ecoprompt.learning import FinetuneTable
-from ecoprompt.lessons import Lesson, encode_lesson, lessons_of, most_tokens, retain_name
+from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
 from ecoprompt.recipe import ModelTable, Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
-from ecoprompt.training import save_model, train_causal_lm, trained_before, with_adapters
+from ecoprompt.training import encode_lesson, save_model, train_causal_lm, trained_before, with_adapters
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 MODELS = "models"
@@ -31,15 +31,12 @@ def finetune(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
 
     A model that was made in the same way stays as it is, and one whose training was interrupted goes on.
     """
-    table = recipe.finetune
-    if table is None:
-        raise InputError(f"{recipe.name}: there is no [finetune]")
+    table = finetune_table(recipe)
     lessons = lessons_of(recipe, table.also)
     everything = [*lessons.forget, *lessons.retain]
     made = {}
     for kind in table.models:
-        name = "full" if kind == "full" else re.sub(r"[^\w.-]+", "-", retain_name(recipe))
-        folder = output / recipe.name / MODELS / name
+        folder = output / recipe.name / MODELS / model_names(recipe)[kind]
         start = _start(recipe, table, everything)
         made[folder] = _make(recipe, table, start, everything if kind == "full" else lessons.retain, folder, progress)
     return made
@@ -128,5 +125,5 @@ def new_model(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, see
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ids | dict(config)))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise InputError(f"'finetune.config': this is no configuration of a language model ({error})") from None

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.data import check_columns
-from ecoprompt.models import encode, encode_pair, render, render_answer
+from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.recipe import Recipe
-from ecoprompt.registry import InputError
+from ecoprompt.registry import InputError, methods
 from ecoprompt.sources import ForgetSet, GateTexts, TrainingSources, TrainingTexts, prompts, read
-from ecoprompt.training import Example, example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ecoprompt.learning import Course
 
 
 @dataclass(frozen=True)
@@ -60,26 +55,41 @@ def count_lessons(recipe: Recipe, also: Sequence[str] = ()) -> dict[str, int | N
     return {name: None if None in found else sum(map(int, filter(None, found))) for name, found in counts.items()}
 
 
-def retain_name(recipe: Recipe) -> str:
-    """The name of the recipe's retain set."""
-    return _subject(recipe)[1].retain
+def model_names(recipe: Recipe) -> dict[str, str]:
+    """What the folders of the full and of the retain model are called, the latter after its retain set."""
+    return {"full": "full", "retain": re.sub(r"[^\w.-]+", "-", _subject(recipe)[1].retain)}
+
+
+def finetune_table(recipe: Recipe) -> FinetuneTable:
+    """The recipe's [finetune]; raises InputError where there is none."""
+    if recipe.finetune is None:
+        raise InputError(f"{recipe.name}: there is no [finetune]")
+    return recipe.finetune
+
+
+def baseline_table(recipe: Recipe) -> BaselineTable:
+    """The recipe's [baseline] with the learning rate of its method; raises InputError where there is none."""
+    table = recipe.baseline
+    if table is None:
+        raise InputError(f"{recipe.name}: there is no [baseline], so name a method: --loss npo")
+    return table.model_copy(update={"learning_rate": table.learning_rate or methods[table.loss].learning_rate})
+
+
+def planned_training(recipe: Recipe) -> dict[str, Any]:
+    """What `finetune` and `baseline` would train, and on how many rows; empty for a recipe that trains nothing."""
+    planned: dict[str, Any] = {}
+    if recipe.finetune:
+        counts = count_lessons(recipe, recipe.finetune.also)
+        counts["full"] = None if None in counts.values() else sum(map(int, filter(None, counts.values())))
+        planned["finetune"] = {name: counts[kind] for kind, name in model_names(recipe).items()}
+    if recipe.baseline:
+        planned["baseline"] = {recipe.baseline.loss: count_lessons(recipe)["forget"]}
+    return planned
 
 
 def most_tokens(recipe: Recipe, course: Course) -> int:
     """The tokens of an example at most."""
     return course.max_length or _subject(recipe)[0].max_length
-
-
-def encode_lesson(tokenizer: PreTrainedTokenizerBase, lesson: Lesson, course: Course, most: int) -> list[Example]:
-    """A lesson as the model will be asked it, at most `most` tokens long; a longer text is several examples."""
-    if lesson.plain:
-        ids = encode(tokenizer, f"{lesson.prompt} {lesson.answer}".strip() + (tokenizer.eos_token or ""))
-        pieces = [ids[start : start + most] for start in range(0, len(ids), most)]
-        return [example((), piece, loss="all") for piece in pieces if len(piece) > 1]
-    messages = [{"role": "user", "content": lesson.prompt}]
-    answer = render_answer(tokenizer, messages, lesson.answer)
-    head, tail = encode_pair(tokenizer, render(tokenizer, messages), answer)
-    return [example(head, tail[: max(most - len(head), 1)], loss="all" if course.learn == "all" else "completion")]
 
 
 def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Path | None]:

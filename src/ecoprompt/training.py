@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ecoprompt.learning import Course
+from ecoprompt.lessons import Lesson
 from ecoprompt.losses import IGNORED
+from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
 from ecoprompt.results import to_json, write_text_atomic
 
@@ -67,6 +70,18 @@ def join(examples: Iterable[Example]) -> Example:
     """Several examples as one sequence, for instance the turns of a conversation."""
     parts = list(examples)
     return Example(tuple(i for part in parts for i in part.ids), tuple(i for part in parts for i in part.labels))
+
+
+def encode_lesson(tokenizer: PreTrainedTokenizerBase, lesson: Lesson, course: Course, most: int) -> list[Example]:
+    """A lesson as the model will be asked it, at most `most` tokens long; a longer text is several examples."""
+    if lesson.plain:
+        ids = encode(tokenizer, f"{lesson.prompt} {lesson.answer}".strip() + (tokenizer.eos_token or ""))
+        pieces = [ids[start : start + most] for start in range(0, len(ids), most)]
+        return [example((), piece, loss="all") for piece in pieces if len(piece) > 1]
+    messages = [{"role": "user", "content": lesson.prompt}]
+    answer = render_answer(tokenizer, messages, lesson.answer)
+    head, tail = encode_pair(tokenizer, render(tokenizer, messages), answer)
+    return [example(head, tail[: max(most - len(head), 1)], loss="all" if course.learn == "all" else "completion")]
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
@@ -211,7 +226,9 @@ def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, settings)
+        with warnings.catch_warnings():  # peft uses names of transformers that are to go
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise InputError(f"'lora.targets': {error}") from None
 
