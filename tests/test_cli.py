@@ -126,8 +126,9 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     assert f"# rows of {printed['evaluate'][0]['benchmark']}: " in result.stdout
     assert "# devices: " in result.stdout
     document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
-    searched = {"search"} if "optimize" in printed else set()
-    assert set(document) == {"recipe", "runs", "rows", "devices"} | searched
+    tables = {"optimize": "search", "finetune": "finetune", "baseline": "baseline"}
+    planned = {told for table, told in tables.items() if table in printed}
+    assert set(document) == {"recipe", "runs", "rows", "devices"} | planned
     assert {name.partition("[")[0] for name in document["runs"]} == set(printed["run"])
     for name, run in document["runs"].items():
         assert f"# run {name}: " in result.stdout

@@ -13,7 +13,7 @@ from ecoprompt.finetune import finetune
 from ecoprompt.lessons import Lesson, lessons_of
 from ecoprompt.models import load_model, render
 from ecoprompt.recipe import ModelTable, parse_recipe
-from ecoprompt.registry import InputError
+from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.training import IGNORED, Course, encode_lesson
 
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -37,7 +37,8 @@ def recipe(tmp_path):
         raw = {"name": "pair", "data": {"forget": "own/forget"}, "benchmark": {"own": own}, **tables}
         return parse_recipe(raw | ({} if finetune is None else {"finetune": finetune}), str(tmp_path / "pair.toml"))
 
-    return make
+    yield make
+    benchmarks._items.pop("own", None)  # the documentation lists those that come with the package
 
 
 def weights(folder):

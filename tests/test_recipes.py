@@ -74,7 +74,8 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
 
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
-    assert set(planned) == {"recipe", "runs", "rows", "devices"} | ({"search"} if recipe.optimize else set())
+    tables = {"search": recipe.optimize, "finetune": recipe.finetune, "baseline": recipe.baseline}
+    assert set(planned) == {"recipe", "runs", "rows", "devices", *(name for name, table in tables.items() if table)}
     assert planned["recipe"] == recipe.document()
     json.dumps(planned)
     if path.stem.startswith("gate-"):

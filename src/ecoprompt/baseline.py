@@ -84,7 +84,7 @@ def read_refusals(file: str | None, rows: int) -> list[str]:
     return [row["answer"] for row in answers]
 
 
-class Pairs(torch.utils.data.Dataset[dict[str, Example]]):
+class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     """The forget set's examples, each with one of the retain set and with other answers, as a method reads them.
 
     What an example meets is drawn from the seed, the epoch and its number, so that an interruption changes nothing.
@@ -117,22 +117,23 @@ class Pairs(torch.utils.data.Dataset[dict[str, Example]]):
         read = (name.removesuffix(ORIGINAL) for name in self.method.reads(self.epoch))
         return [name for name in dict.fromkeys(read) if name != "direction"]
 
-    def __getitem__(self, index: int) -> dict[str, Example]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         at, forget = self.forget[index]
         met, retain = rng.choice(self.retain)
-        found = {"forget": forget, "retain": retain}
+        found: dict[str, Example] = {"forget": forget, "retain": retain}
         asked, wrong = self.lessons.forget[at], self.lessons.retain[met].answer
         if self.refusals:
             sentence = self.refusals[at] if self.own_refusals else rng.choice(self.refusals)
             found["idk"] = self.encode(Lesson(asked.prompt, sentence, asked.plain))[0]
         if "mismatch" in self.names():
             found["mismatch"] = self.encode(Lesson(asked.prompt, wrong, asked.plain))[0]
-        return {name: found[name] for name in self.names()}
+        # The sampler that groups by length measures `input_ids`.
+        return {"input_ids": forget.ids} | {name: found[name] for name in self.names()}
 
-    def batch(self, rows: Sequence[Mapping[str, Example]]) -> dict[str, dict[str, torch.Tensor]]:
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
         """The rows' examples by name, each [B, T] of its own length."""
-        return {name: collate([row[name] for row in rows], self.pad) for name in rows[0]}
+        return {name: collate([row[name] for row in rows], self.pad) for name in self.names()}
 
 
 def loss_of(method: Method, table: BaselineTable, loaded: Loaded, seed: int) -> Loss:

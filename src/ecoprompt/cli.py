@@ -252,10 +252,11 @@ def baseline(
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Unlearn in weight space by a method of the literature, to compare with.
+    """Unlearn in weight space, to compare with.
 
-    The model is written to DIR/<recipe>/baselines/METHOD/, with what it cost. Started again after an interruption, it
-    goes on where it was.
+    By a method of the literature: ft, ga, gd, kl, rd, llmu, scrub, idk, dpo, npo, npo-gd, npo-kl, simnpo, rmu, undial,
+    wga, satimp or ceu. The model is written to DIR/<recipe>/baselines/METHOD/, with what it cost. Started again after
+    an interruption, it goes on where it was.
     """
     from ecoprompt.recipe import load_recipe
 

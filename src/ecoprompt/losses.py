@@ -52,6 +52,12 @@ class Scored:
 
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[Positive, Field(description="inverse temperature")]
+Temperature = Annotated[Positive, Field(description="of both softmaxes")]
+Exponent = Annotated[float, Field(ge=0, description="exponent of a token's weight")]
+Margin = Annotated[float, Field(ge=0, description="margin")]
+Length = Annotated[Positive, Field(description="length of the vector that the states are steered to")]
+Lowered = Annotated[Positive, Field(description="by how much a label's logit is lowered")]
+Spared = Annotated[int, Field(ge=0, description="labels at the start of a row that do not count")]
 Layer = Annotated[
     int | None,
     Field(
@@ -93,7 +99,7 @@ def kl(retain: Scored, retain_original: Scored) -> Tensor:
 
 
 @losses.register
-def distillation(retain: Scored, retain_original: Scored, *, temperature: Positive = 4.0) -> Tensor:
+def distillation(retain: Scored, retain_original: Scored, *, temperature: Temperature = 4.0) -> Tensor:
     """T² · KL(original ‖ model) on the retain set at temperature T, per token (Kurmanji et al. 2023).
 
     The published code of ECO prompts takes the softmax over the time axis; here it is over the vocabulary.
@@ -114,7 +120,7 @@ def gradient_ascent(forget: Scored) -> Tensor:
 
 
 @losses.register
-def divergence_ascent(forget: Scored, forget_original: Scored, *, temperature: Positive = 4.0) -> Tensor:
+def divergence_ascent(forget: Scored, forget_original: Scored, *, temperature: Temperature = 4.0) -> Tensor:
     """SCRUB's maximisation: the forget set's `distillation` with its sign turned."""
     return -_divergence(forget, forget_original, temperature)
 
@@ -139,7 +145,7 @@ def npo_term(forget: Scored, forget_original: Scored, *, beta: Beta = 0.1) -> Te
 
 
 @losses.register
-def simnpo_term(forget: Scored, *, beta: Beta = 4.5, gamma: Annotated[float, Field(ge=0)] = 0.0) -> Tensor:
+def simnpo_term(forget: Scored, *, beta: Beta = 4.5, gamma: Margin = 0.0) -> Tensor:
     """-2/β · mean log σ(-β/|y| · log π(y|x) - γ) (Fan et al. 2024, SimNPO)."""
     log_probs, counts = forget.of_labels()
     per_token = log_probs.sum(-1) / counts.sum(-1).clamp(min=1)
@@ -158,7 +164,7 @@ def dpo_term(forget: Scored, forget_original: Scored, idk: Scored, idk_original:
 
 
 @losses.register
-def steering(forget: Scored, direction: Tensor, *, coefficient: Positive = 6.5, layer: Layer = None) -> Tensor:
+def steering(forget: Scored, direction: Tensor, *, coefficient: Length = 6.5, layer: Layer = None) -> Tensor:
     """Mean squared distance of the forget set's hidden states from `coefficient` times a random unit vector [D].
 
     RMU's forget loss (Li et al. 2024, section 4), per dimension, as in its published code, which counts padding too.
@@ -176,7 +182,7 @@ def _states(scored: Scored, target: Tensor | None) -> Tensor:
 
 
 @losses.register
-def self_distillation(forget: Scored, forget_original: Scored, *, beta: Positive = 10.0) -> Tensor:
+def self_distillation(forget: Scored, forget_original: Scored, *, beta: Lowered = 10.0) -> Tensor:
     """Mean cross-entropy to the original's probabilities, the label's logit lowered by β (Dong et al. 2024)."""
     log_probs, labels, counts = forget.next()
     lowered = forget_original.logits[:, :-1].float()
@@ -185,16 +191,14 @@ def self_distillation(forget: Scored, forget_original: Scored, *, beta: Positive
 
 
 @losses.register
-def weighted_ascent(forget: Scored, *, beta: Annotated[float, Field(ge=0)] = 1.0) -> Tensor:
+def weighted_ascent(forget: Scored, *, beta: Exponent = 1.0) -> Tensor:
     """Gradient ascent with each token weighing p^β, p its probability (Wang et al. 2025, WGA)."""
     log_probs, counts = forget.of_labels()
     return _mean(log_probs.detach().exp() ** beta * log_probs, counts)
 
 
 @losses.register
-def saturated_ascent(
-    forget: Scored, *, beta1: Annotated[float, Field(ge=0)] = 5.0, beta2: Annotated[float, Field(ge=0)] = 1.0
-) -> Tensor:
+def saturated_ascent(forget: Scored, *, beta1: Exponent = 5.0, beta2: Exponent = 1.0) -> Tensor:
     """Gradient ascent with each token weighing p^β₁ (1 - p)^β₂, p its probability (Yang et al. 2025, SatImp)."""
     log_probs, counts = forget.of_labels()
     p = log_probs.detach().exp()
@@ -202,7 +206,7 @@ def saturated_ascent(
 
 
 @losses.register
-def cross_entropy_unlearning(forget: Scored, *, spared: Annotated[int, Field(ge=0)] = 1) -> Tensor:
+def cross_entropy_unlearning(forget: Scored, *, spared: Spared = 1) -> Tensor:
     """Mean cross-entropy to the model's own probabilities without the label (Yang 2025, arXiv 2503.01224, CE-U).
 
     The first `spared` labels of a row do not count, as in the paper's experiments.
@@ -240,9 +244,9 @@ class Method:
             for name, one in inspect.signature(losses[term]).parameters.items()
             if one.kind is _KEY
         }
-        weight = Annotated[float, Field(ge=0, description="of the terms of the loss; those not named keep theirs")]
-        annotation = GenericAlias(dict, (Literal.__getitem__(tuple(weights)), weight))
-        weighed = inspect.Parameter("weights", _KEY, default=self.weights, annotation=annotation)
+        named = GenericAlias(dict, (Literal.__getitem__(tuple(weights)), Annotated[float, Field(ge=0)]))
+        said = Field(description="of the terms of the loss; those not named keep theirs")
+        weighed = inspect.Parameter("weights", _KEY, default=self.weights, annotation=Annotated[named, said])
         self.__signature__ = inspect.Signature([*keys.values(), weighed])
 
     def terms(self, epoch: float = 0.0) -> list[str]:
