@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
+import tomli_w
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from ecoprompt.baseline import Pairs, baseline, loss_of, read_refusals
+from ecoprompt.cli import app
 from ecoprompt.evaluate import evaluate, plan
 from ecoprompt.lessons import baseline_table, lessons_of
 from ecoprompt.models import load_model
 from ecoprompt.recipe import parse_recipe
 from ecoprompt.registry import InputError, benchmarks, methods
 
+runner = CliRunner()
 COURSE = {"epochs": 2.0, "batch_size": 2, "learning_rate": 1e-3}
 
 
@@ -61,9 +65,11 @@ def test_every_method_trains_and_says_what_it_costs(recipe, tmp_path, model_fold
 
 
 def test_an_evaluation_takes_it_as_a_run(recipe, tmp_path):
-    folder, _ = baseline(recipe("ga"), tmp_path)
+    folder, about = baseline(recipe("ga"), tmp_path)
     tables = {"run": {"original": {}, "ga": {"model": str(folder)}}, "evaluate": [{"benchmark": "own"}]}
     runs = evaluate(recipe("ga", tables=tables), tmp_path).summary["runs"]
+    assert runs["ga"]["training"] == {name: about[name] for name in ("seconds", "tokens", "peak_memory_mib")}
+    assert "training" not in runs["original"]
     assert runs["ga"]["metrics"]["forget_probability"] < runs["original"]["metrics"]["forget_probability"]
 
 
@@ -190,3 +196,35 @@ def test_a_baseline_needs_a_model_and_data():
 def test_a_layer_that_is_not_there_is_told(recipe, tmp_path):
     with pytest.raises(InputError, match="'baseline.layer': found 2, but the model's layers are 0 to 1"):
         baseline(recipe("rmu", layer=2), tmp_path)
+
+
+def test_the_commands_print_results_alone(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = recipe("simnpo").document()
+    raw["benchmark"]["own"] |= {name: str(tmp_path / raw["benchmark"]["own"][name]) for name in ("forget", "retain")}
+    raw["finetune"] = {"base": raw["model"]["name"], "epochs": 1}
+    (tmp_path / "away.toml").write_text(tomli_w.dumps(raw), encoding="utf-8")
+    planned = runner.invoke(app, ["finetune", "away.toml", "--dry-run"])
+    assert (planned.exit_code, planned.stderr) == (0, "")
+    assert "# finetune full: 6 rows an epoch\n# finetune retain: 3 rows an epoch\n" in planned.stdout
+    assert "# baseline simnpo: 3 rows an epoch\n" in planned.stdout
+    assert not (tmp_path / "results").exists()
+    made = runner.invoke(app, ["finetune", "away.toml", "--json"])
+    assert (made.exit_code, made.stderr) == (0, "")
+    assert list(json.loads(made.stdout)) == ["results/away/models/full", "results/away/models/retain"]
+    table = runner.invoke(app, ["baseline", "away.toml", "--set", "baseline.epochs=1"])
+    assert (table.exit_code, table.stderr) == (0, "")
+    assert "results/away/baselines/simnpo" in table.stdout
+    wrong = runner.invoke(app, ["baseline", "away.toml", "--loss", "nppo"])
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert wrong.stderr == "ecoprompt: away.toml: 'baseline.loss': there is no method 'nppo'; did you mean 'npo'?\n"
+
+
+def test_a_recipe_that_has_no_such_table_says_so():
+    for command, told in (
+        ("finetune", "there is no [finetune]"),
+        ("baseline", "there is no [baseline], so name a meth"),
+    ):
+        result = runner.invoke(app, [command, "quickstart", "--dry-run"])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"ecoprompt: quickstart: {told}")

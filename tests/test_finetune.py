@@ -75,7 +75,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("course", [{}, {"save_steps": 2}, {"by_length": True}, {"lora": {"rank": 2}}])
+@pytest.mark.parametrize(
+    "course", [{}, {"save_steps": 2}, {"by_length": True, "arithmetic": "bfloat16"}, {"lora": {"rank": 2}}]
+)
 def test_a_killed_training_goes_on_to_the_same_weights(recipe, tmp_path, model_folder, course):
     table = COURSE | course | {"models": ["full"], "base": str(model_folder)}
     whole = finetune(recipe(table), tmp_path / "whole")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, judge, row_of
 from ecoprompt.benchmarks import Benchmark, Item, parse_forget
-from ecoprompt.lessons import planned_training
+from ecoprompt.lessons import planned_training, training_cost
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
@@ -131,6 +131,7 @@ def _conclude(
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
+            **training_cost(run.model.name),
         }
     tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
     flat = [{"run": name, **row} for name, found in rows.items() for row in found]

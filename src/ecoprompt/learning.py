@@ -44,6 +44,9 @@ class Course(Table):
     save_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between two checkpoints to go on from; default: one after each epoch"
     )
+    arithmetic: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the float32 weights; auto: bfloat16 on a GPU that has it, float32 on a CPU"
+    )
     stored: Literal["float32", "bfloat16", "float16"] = Field("float32", description="data type of the saved weights")
     lora: LoraTable | None = Field(None, description="train low-rank adapters instead of all weights")
 

@@ -10,10 +10,15 @@ from typing import Any
 
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.data import check_columns
+from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.recipe import Recipe
 from ecoprompt.registry import InputError, methods
 from ecoprompt.sources import ForgetSet, GateTexts, TrainingSources, TrainingTexts, prompts, read
+
+ABOUT = "training.json"
+"""The file of a trained model's folder that says how it was made, and what that cost."""
+COST = ("seconds", "tokens", "peak_memory_mib")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,15 @@ def planned_training(recipe: Recipe) -> dict[str, Any]:
 def most_tokens(recipe: Recipe, course: Course) -> int:
     """The tokens of an example at most."""
     return course.max_length or _subject(recipe)[0].max_length
+
+
+def training_cost(model: str | None) -> dict[str, Any]:
+    """What the training of a model's folder cost, as a run's `training`; nothing if it was not trained here."""
+    try:
+        about = read_json(Path(model or "") / ABOUT)
+    except InputError:
+        return {}
+    return {"training": {name: about.get(name) for name in COST}}
 
 
 def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Path | None]:

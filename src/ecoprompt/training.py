@@ -19,7 +19,7 @@ import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ecoprompt.learning import Course
-from ecoprompt.lessons import Lesson
+from ecoprompt.lessons import ABOUT, Lesson
 from ecoprompt.losses import IGNORED
 from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
@@ -28,8 +28,6 @@ from ecoprompt.results import to_json, write_text_atomic
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ABOUT = "training.json"
-"""The file of a trained model's folder that says how it was made, and what that cost."""
 CHECKPOINT = "checkpoint-"
 Loss = Callable[[Any, Mapping[str, Any], float], torch.Tensor]
 """The loss of (model, batch, epoch)."""
@@ -162,6 +160,8 @@ def run_trainer(
 
 
 def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingArguments:
+    gpu = torch.cuda.is_available()
+    bf16 = gpu and torch.cuda.is_bf16_supported() if course.arithmetic == "auto" else course.arithmetic == "bfloat16"
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=course.epochs,
@@ -172,7 +172,8 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         lr_scheduler_type="cosine",
         weight_decay=course.weight_decay,
         max_grad_norm=course.max_grad_norm,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=bf16,
+        use_cpu=bf16 and not gpu,
         seed=seed,
         train_sampling_strategy="group_by_length" if course.by_length else "random",
         logging_steps=1,
@@ -182,7 +183,7 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=gpu,
     )
 
 
