@@ -43,8 +43,8 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("name", methods)
-def test_every_method_trains_and_says_what_it_costs(recipe, tmp_path, model_folder, name):
+@pytest.mark.parametrize("name", ["scrub", "llmu", "dpo", "rmu"])
+def test_a_method_trains_and_says_what_it_costs(recipe, tmp_path, model_folder, name):
     seen = []
     folder, about = baseline(recipe(name), tmp_path, lambda *step: seen.append(step))
     assert folder == tmp_path / "away/baselines" / name
@@ -140,7 +140,7 @@ def test_other_answers_come_from_a_file(recipe, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", methods)
-def test_neither_batch_nor_padding_changes_the_loss_of_a_row(recipe, name):
+def test_a_step_of_every_method_lowers_its_loss_which_padding_has_no_part_in(recipe, name):
     """The mean over rows of equal length is the loss of their batch; padding them further changes nothing."""
     loaded, table, pairs = pairs_of(recipe(name))
     loss = loss_of(methods[name], table, loaded, 0)
@@ -156,6 +156,17 @@ def test_neither_batch_nor_padding_changes_the_loss_of_a_row(recipe, name):
             for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
                 part[key] = torch.nn.functional.pad(part[key], (0, 5), value=fill)
         torch.testing.assert_close(loss(loaded.model, batch, 0.0), together)
+    before = loss(loaded.model, batch, 0.0)
+    before.backward()
+    slopes = {weight: weight.grad for weight in loaded.model.parameters() if weight.grad is not None}
+    steepness = sum(slope.square().sum() for slope in slopes.values()).sqrt()
+    step = 1e-5 if name == "rmu" else 1e-3  # what its states may move weighs 1200 times what they are to move
+    with torch.no_grad():
+        for weight, slope in slopes.items():
+            weight -= step * slope / steepness.clamp(min=1e-9)
+        after = loss(loaded.model, batch, 0.0)
+    # The divergence that SCRUB raises is 0, the least there is, where it starts.
+    assert after < before or name == "scrub"
 
 
 def test_the_original_is_not_trained(recipe):

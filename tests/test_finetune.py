@@ -141,6 +141,13 @@ def test_a_text_is_learnt_whole_in_pieces(recipe, tokenizer):
     assert all(piece.labels == piece.ids for piece in pieces)
 
 
+def test_a_text_that_ends_with_its_first_sentence_is_learnt_too(recipe, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("There is nothing but this one sentence.", encoding="utf-8")
+    lesson = lessons_of(recipe(forget="short.txt")).forget[0]
+    (one,) = encode_lesson(tokenizer, lesson, Course(), 100)
+    assert tokenizer.decode(one.ids) == "There is nothing but this one sentence.<eos>"
+
+
 def test_a_dry_run_counts_what_is_trained_on(recipe):
     assert plan(recipe())["finetune"] == {"full": 5, "retain": 3}
 
