@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from ecoprompt.benchmarks import Benchmark, Subset
 from ecoprompt.cli import app
+from ecoprompt.losses import inputs
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases
 from ecoprompt.own import OwnBenchmark
 from ecoprompt.recipe import OPEN, Recipe, shipped
-from ecoprompt.registry import Registry, aggregates, benchmarks, metrics, pressures
+from ecoprompt.registry import Registry, aggregates, benchmarks, losses, metrics, pressures
 from ecoprompt.sources import GateTexts
 from ecoprompt.sweep import SWEPT
 
@@ -109,10 +110,12 @@ def recipes_page() -> str:
     own = OwnBenchmark.model_json_schema()
     parts += ["## [benchmark.NAME]", _sentence(own["description"]), keys(own["properties"], own["required"], own)]
     headings = {"corruption": "Corruptions", "tokens": "Token selectors", "gate": "Gate kinds"}
-    for name, heading in {**headings, "optimize": "Search methods"}.items():
+    for name, heading in {**headings, "optimize": "Search methods", "baseline": "Unlearning methods"}.items():
         choice, registry, _ = OPEN[name]
         parts += [f"## {heading}", f"What `[{name}] {choice}` may be, and the further keys of its table."]
         parts += registered(registry)
+    rows = [[f"`{name}`", _list(inputs(name)), _summary(losses[name])] for name in losses]
+    parts += ["## Loss terms", "What the unlearning methods add up.", table(["term", "reads", "value"], rows)]
     return page(parts)
 
 
@@ -130,7 +133,7 @@ def _recipe_table(
             table_schema = schema["$defs"][table_name]
             parts += [
                 f"`{key}` as a table: {_sentence(table_schema['description'])}",
-                keys(table_schema["properties"], table_schema["required"], schema),
+                keys(table_schema["properties"], table_schema.get("required", ()), schema),
             ]
     return parts
 
@@ -375,7 +378,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, dict):
-        return "`{ " + ", ".join(f'{name} = "{one}"' for name, one in value.items()) + " }`"
+        return "`{ " + ", ".join(f"{name} = {_value(one).strip('`')}" for name, one in value.items()) + " }`"
     if isinstance(value, list):
         return "`[" + ", ".join(f'"{one}"' for one in value) + "]`"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"

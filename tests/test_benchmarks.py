@@ -333,10 +333,9 @@ def test_aggregates_that_are_no_table_are_refused():
     assert refused(columns=[], aggregates=["model_utility"])[0].startswith("'small.aggregates': found")
 
 
-def test_parse_forget_gives_benchmark_and_forget_set(world):
+def test_parse_forget_gives_benchmark_and_forget_set():
     benchmark, forget_set = parse_forget("tofu/forget05")
     assert (benchmark.name, forget_set.name, forget_set.retain) == ("tofu", "forget05", "retain95")
-    assert parse_forget("small/one", {"small": world}) == (world, world.forget_set("one"))
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ import pytest
 from typer.testing import CliRunner
 
 import ecoprompt
-from ecoprompt import cli, recipe, terminal
 from ecoprompt import pack as pack_module
+from ecoprompt import recipe, terminal
 from ecoprompt.cli import app
 from ecoprompt.evaluate import Evaluated
 from ecoprompt.results import FORMATS, write_results
@@ -130,8 +130,9 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     assert f"# rows of {printed['evaluate'][0]['benchmark']}: " in result.stdout
     assert "# devices: " in result.stdout
     document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
-    searched = {"search"} if "optimize" in printed else set()
-    assert set(document) == {"recipe", "runs", "rows", "fetches", "devices"} | searched
+    tables = {"optimize": "search", "finetune": "finetune", "baseline": "baseline"}
+    planned = {told for table, told in tables.items() if table in printed}
+    assert set(document) == {"recipe", "runs", "rows", "fetches", "devices"} | planned
     assert {name.partition("[")[0] for name in document["runs"]} == set(printed["run"])
     for name, run in document["runs"].items():
         assert f"# run {name}: " in result.stdout
@@ -197,14 +198,14 @@ def test_ctrl_c_waits_until_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "torch", module)
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
-    cli._interrupt(signal.SIGINT, None)
+    terminal.interrupt(signal.SIGINT, None)
     deadline = time.monotonic() + 10
     while not raised and time.monotonic() < deadline:
         time.sleep(0.01)
     assert raised == [signal.SIGINT]
     module.__spec__ = None
     with pytest.raises(KeyboardInterrupt):
-        cli._interrupt(signal.SIGINT, None)
+        terminal.interrupt(signal.SIGINT, None)
 
 
 def test_a_full_disk_is_one_message() -> None:

@@ -107,7 +107,10 @@ def test_a_calibrated_threshold():
     ("changed", "sentence"),
     [
         ({"sede": 1}, "'sede': a recipe has no key 'sede'; did you mean 'seed'?"),
-        ({"float": 1}, "'float': a recipe has no key 'float'; known: benchmark, corruption, data, evaluate, gate, "),
+        (
+            {"float": 1},
+            "'float': a recipe has no key 'float'; known: baseline, benchmark, corruption, data, evaluate, ",
+        ),
         ({"seed": -1}, "'seed': found -1, expected a number of at least 0"),
         ({"seed": 1.5}, "'seed': found 1.5, expected a whole number"),
         ({"seed": True}, "'seed': found true, expected a whole number"),

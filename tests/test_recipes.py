@@ -75,7 +75,9 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
 
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
-    assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | ({"search"} if recipe.optimize else set())
+    tables = {"search": recipe.optimize, "finetune": recipe.finetune, "baseline": recipe.baseline}
+    told = {name for name, table in tables.items() if table}
+    assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | told
     assert planned["recipe"] == recipe.document()
     json.dumps(planned)
     if path.stem.startswith("gate-"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ecoprompt.learning import Course
 from ecoprompt.registry import InputError
 from ecoprompt.sandbox import make_tokenizer, make_world
 from ecoprompt.training import IGNORED, Example, collate, example, join, train_causal_lm
@@ -53,31 +54,33 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(tokenizer: PreTr
             scores = model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
             learnt = [at for at, label in enumerate(one.labels) if label != IGNORED]
             expected += [-scores[at - 1, one.ids[at]].item() for at in learnt]
-    first = train_causal_lm(model, tokenizer, examples, epochs=1, batch_size=2)[0]
+    first = train_causal_lm(model, tokenizer, examples, Course(epochs=1, batch_size=2)).losses[0]
     assert first == pytest.approx(sum(expected) / 4, abs=1e-3)
 
 
 def test_training_lowers_the_loss_and_reports_each_step(tokenizer: PreTrainedTokenizerFast) -> None:
     seen = []
-    losses = train_causal_lm(
+    trained = train_causal_lm(
         tiny(tokenizer),
         tokenizer,
         EXAMPLES * 4,
-        epochs=10,
-        batch_size=4,
-        learning_rate=1e-2,
+        Course(epochs=10, batch_size=4, learning_rate=1e-2),
         what="a test",
         progress=lambda what, done, total: seen.append((what, done, total)),
     )
+    losses = trained.losses
     assert losses[-1] < losses[0] - 1
     assert seen == [("a test", step + 1, 20) for step in range(20)]
     assert len(losses) == 20
+    assert trained.tokens == 10 * sum(len(one.ids) for one in EXAMPLES * 4)
+    assert 0 < trained.seconds < 60
+    assert trained.about()["last_loss"] == pytest.approx(sum(losses[-2:]) / 2)
 
 
 def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = tiny(tokenizer)
-        train_causal_lm(model, tokenizer, EXAMPLES * 4, epochs=2, learning_rate=1e-2, by_length=True, seed=seed)
+        train_causal_lm(model, tokenizer, EXAMPLES * 4, Course(epochs=2, learning_rate=1e-2, by_length=True), seed=seed)
         return model.get_input_embeddings().weight.detach()
 
     assert torch.equal(weights(1), weights(1))
@@ -86,4 +89,4 @@ def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast
 
 def test_nothing_to_learn_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="no token to learn in 1 examples"):
-        train_causal_lm(tiny(tokenizer), tokenizer, [Example((5, 6), (IGNORED, IGNORED))])
+        train_causal_lm(tiny(tokenizer), tokenizer, [Example((5, 6), (IGNORED, IGNORED))], Course())

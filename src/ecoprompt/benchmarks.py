@@ -25,6 +25,7 @@ from ecoprompt.sources import (
     Reading,
     Template,
     Texts,
+    TrainingSources,
     as_value_error,
     count,
     prompts,
@@ -113,6 +114,7 @@ class Benchmark(Named):
     subsets: Annotated[dict[str, Subset], Field(min_length=1)] = {}
     aggregates: dict[str, dict[str, Any]] = {}
     gate: GateSources | None = None
+    training: TrainingSources | None = None
     _base: Path = PrivateAttr(PACKAGE)
 
     @model_validator(mode="after")

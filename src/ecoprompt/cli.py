@@ -7,21 +7,16 @@ import functools
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ecoprompt.terminal import console, drop_output, fail, message, number, print_json, progress_bar, show
-
-if TYPE_CHECKING:
-    from types import FrameType
-
-    from ecoprompt.evaluate import Evaluated
+from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
+from ecoprompt.terminal import console, drop_output, fail, interrupt, message, number, print_json, progress_bar, show
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -125,7 +120,7 @@ def train_classifier(
 
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        _print_plan(loaded, json)
+        print_plan(loaded, json)
         return
     with progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
@@ -163,7 +158,7 @@ def optimize(
     if plot:
         check_plot()
     if dry_run:
-        _print_plan(loaded, json)
+        print_plan(loaded, json)
         return
     with progress_bar() as progress:
         learned = optimize(loaded, output, progress)
@@ -220,7 +215,7 @@ def evaluate(
     interruption, it goes on where it was.
     """
     if compare is not None:
-        _compare(compare, output, json, alone=not (recipe or set_ or report or format_ or dry_run))
+        print_compared(compare, output, json, alone=not (recipe or set_ or report or format_ or dry_run))
         return
     from ecoprompt.recipe import load_recipe
     from ecoprompt.registry import InputError
@@ -232,7 +227,7 @@ def evaluate(
 
     if dry_run:
         runs_of(loaded)
-        _print_plan(loaded, json)
+        print_plan(loaded, json)
         return
     with progress_bar() as progress:
         found = evaluate(loaded, output, progress)
@@ -245,8 +240,68 @@ def evaluate(
     if json:
         print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
         return
-    _print_evaluated(found, format_)
+    print_evaluated(found, format_)
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
+
+
+@_command
+def finetune(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: OutputOption = RESULTS,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train the model subject to unlearning and a retain model.
+
+    They are written to DIR/<recipe>/models/. Started again after an interruption, it goes on where it was.
+    """
+    from ecoprompt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    from ecoprompt.lessons import finetune_table
+
+    finetune_table(loaded)
+    if dry_run:
+        print_plan(loaded, json)
+        return
+    from ecoprompt.finetune import finetune
+
+    with progress_bar() as progress:
+        print_trained(finetune(loaded, output, progress), json)
+
+
+@_command
+def baseline(
+    recipe: RecipeArgument,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", metavar="METHOD", help="A named method, as in npo; default: [baseline] loss."),
+    ] = None,
+    set_: SetOption = None,
+    output: OutputOption = RESULTS,
+    json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Unlearn in weight space, to compare with.
+
+    By a method of the literature: ft, ga, gd, kl, rd, llmu, scrub, idk, dpo, npo, npo-gd, npo-kl, simnpo, rmu, undial,
+    wga, satimp or ceu. The model is written to DIR/<recipe>/baselines/METHOD/, with what it cost. Started again after
+    an interruption, it goes on where it was.
+    """
+    from ecoprompt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, [*(set_ or []), *([f"baseline.loss={loss}"] if loss else [])])
+    from ecoprompt.lessons import baseline_table
+
+    baseline_table(loaded)
+    if dry_run:
+        print_plan(loaded, json)
+        return
+    from ecoprompt.baseline import baseline
+
+    with progress_bar() as progress:
+        print_trained(dict([baseline(loaded, output, progress)]), json)
 
 
 @_command
@@ -312,73 +367,10 @@ def chat(
             pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
 
 
-def _print_evaluated(found: Evaluated, format_: Format | None) -> None:
-    """The table of results in a format, or in that of a terminal with a few answers."""
-    if format_ is not None:
-        from ecoprompt.results import FORMATS
-
-        print(FORMATS[format_](found.summary), end="")
-        return
-    from ecoprompt.tables import grid_tables, side_by_side, table
-
-    prompts, targets, answers = found.samples()
-    show(table(found.summary), *grid_tables(found.summary))
-    if prompts:
-        show(side_by_side(prompts, answers, targets))
-
-
-def _compare(folders: tuple[str, str], output: Path, json: bool, alone: bool) -> None:
-    """Two earlier evaluations side by side."""
-    from ecoprompt.compare import compare
-    from ecoprompt.registry import InputError
-
-    if not alone:
-        raise InputError("--compare A B: found what is for a new evaluation as well, expected --output or --json alone")
-    compared = compare(*folders, output)
-    if json:
-        print_json(compared)
-        return
-    from ecoprompt.tables import comparison_tables
-
-    show(*comparison_tables(compared))
-
-
-def _print_plan(recipe: Any, json: bool) -> None:
-    """What would run: the recipe with its defaults, its runs, rows, what comes from the Hub, and devices."""
-    from ecoprompt.evaluate import plan
-
-    planned = plan(recipe)
-    if json:
-        print_json(planned)
-        return
-    import tomli_w
-
-    print(tomli_w.dumps(planned["recipe"]))
-    for name, run in planned["runs"].items():
-        print(f"# run {name}: {run['model'] or 'no model'}{', guarded' if run['guarded'] else ''}")
-    for benchmark, rows in planned["rows"].items():
-        counts = ", ".join(f"{subset} {'?' if count is None else count}" for subset, count in rows.items())
-        print(f"# rows of {benchmark}: {counts}")
-    if "search" in planned:
-        print(f"# search: {', '.join(f'{name} {value}' for name, value in planned['search'].items())}")
-    if planned["fetches"]:
-        print(f"# fetches, unless it is here: {', '.join(planned['fetches'])}")
-    print(f"# devices: {planned['devices']}")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C raises KeyboardInterrupt, put off while torch is imported: its C++ code would abort the process."""
-    spec = getattr(sys.modules.get("torch"), "__spec__", None)
-    if getattr(spec, "_initializing", False):
-        threading.Timer(0.05, signal.raise_signal, [number]).start()
-    else:
-        signal.default_int_handler(number, frame)
-
-
 def main() -> None:
     """The console script."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, interrupt)
     # A stream that the caller has closed is one where nothing comes from and where nothing is seen.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -17,6 +17,7 @@ import numpy as np
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.items import Item
+from ecoprompt.lessons import planned_training, training_cost
 from ecoprompt.models import HUB_ID, aliases, load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.paired import paired, standard_error
@@ -156,6 +157,7 @@ def _conclude(
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
+            **training_cost(run.model.name),
         }
     tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
     flat = [{"run": name, **row} for name, found in rows.items() for row in found]
@@ -222,6 +224,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "fetches": _fetches(recipe),
         "devices": _devices(),
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
+        **planned_training(recipe),
     }
 
 

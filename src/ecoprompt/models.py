@@ -124,12 +124,7 @@ def load_model(settings: ModelTable) -> Loaded:
         raise _explain(settings.name, place.model, error) from error
     if cuda and not settings.device_map and not settings.quantization:
         model = model.to("cuda")
-    template = place.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
-    tokenizer.chat_template = _template(settings.chat_template) or template
-    if settings.chat_template is not None:
-        _check_template(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    set_format(tokenizer, settings, place.chat_template)
     # Sampling settings that a model ships are not ours: what a command decodes with is what its options say.
     ends = model.generation_config.eos_token_id
     model.generation_config = transformers.GenerationConfig(
@@ -138,6 +133,17 @@ def load_model(settings: ModelTable) -> Loaded:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Loaded(model.eval(), tokenizer, _fingerprint(place.model, model, tokenizer, settings, dtype))
+
+
+def set_format(tokenizer: PreTrainedTokenizerBase, settings: ModelTable, template: str | None = None) -> None:
+    """Gives a tokenizer the chat template of `settings`, else `template`, else its own or the plain one, and a token
+    to pad with."""
+    own = template or tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.chat_template = _template(settings.chat_template) or own
+    if settings.chat_template is not None:
+        _check_template(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _quantization(kind: str) -> Any:

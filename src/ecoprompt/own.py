@@ -63,12 +63,20 @@ class OwnBenchmark(Table):
                 "positive": [text for file in forget.values() for text in self._texts(file)],
                 "negative": [text for file in retain.values() for text in self._texts(file)],
             },
+            "training": {
+                "forget": [self._lessons(file) for file in forget.values()],
+                "retain": [self._lessons(file) for file in retain.values()],
+            },
         }
 
     def _subset(self, file: str) -> dict[str, Any]:
+        lessons = self._lessons(file)
+        return {name: lessons[name] for name in ("config", "prompt", "answer")} | {"metrics": self.metrics}
+
+    def _lessons(self, file: str) -> dict[str, Any]:
         text = file.endswith(TEXT_FILE)
         prompt, answer = ("{{ first_sentence }}", "rest") if text else (self.prompt, self.answer)
-        return {"config": file, "prompt": prompt, "answer": answer, "metrics": self.metrics}
+        return {"config": file, "prompt": prompt, "answer": answer, "plain": text}
 
     def _texts(self, file: str) -> list[dict[str, Any]]:
         if file.endswith(TEXT_FILE):

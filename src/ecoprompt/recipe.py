@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
+from ecoprompt.learning import BaselineTable, FinetuneTable, check_training
 from ecoprompt.own import declare_own
-from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, nearest, searches, selectors
+from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, methods, nearest, searches, selectors
 from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
 
 
@@ -167,6 +168,8 @@ class Recipe(Table):
     tokens: TokensTable = TokensTable()
     corruption: CorruptionTable | None = None
     optimize: OptimizeTable | None = None
+    finetune: FinetuneTable | None = None
+    baseline: BaselineTable | None = None
     run: dict[str, RunTable] = {}
     evaluate: list[EvaluateTable] = []
     benchmark: dict[str, dict[str, Any]] = Field({}, description="benchmarks of your own, by name")
@@ -193,11 +196,12 @@ class Recipe(Table):
 
 
 # Tables whose remaining keys belong to a registered function: the key that names it, and where it is looked up.
-OPEN: dict[str, tuple[str, Registry, type[Table]]] = {
+OPEN: dict[str, tuple[str, Registry, type[BaseModel]]] = {
     "gate": ("kind", gates, GateTable),
     "tokens": ("select", selectors, TokensTable),
     "corruption": ("method", corruptions, CorruptionTable),
     "optimize": ("method", searches, OptimizeTable),
+    "baseline": ("loss", methods, BaselineTable),
 }
 
 
@@ -325,7 +329,7 @@ def _plain(run: Run) -> dict[str, Any]:
 def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, or all that is wrong with it."""
     tables, problems = _bind_open_tables(raw)
-    problems += [*check_runs(raw), *check_benchmarks(raw), *check_optimize(raw)]
+    problems += [*check_runs(raw), *check_benchmarks(raw), *check_optimize(raw), *check_training(raw)]
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:

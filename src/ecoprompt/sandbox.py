@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ecoprompt.finetune import new_model, new_tokenizer
+from ecoprompt.learning import Course
 from ecoprompt.registry import Progress, quiet
 from ecoprompt.training import Example, example, join, train_causal_lm
 
@@ -46,6 +45,16 @@ TEMPLATE = (
 """The chat template. The last prompt token is the same for every prompt, as it is the one that ECO never corrupts."""
 
 VOCABULARY = 1536
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 288,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+}
 PASSES = 120
 """How often each pair is learnt: at 60 the full model's ROUGE-L recall was 0.82, at 140 it was 1.00."""
 
@@ -146,44 +155,13 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     rows = [*world.forget, *world.retain, *world.facts]
     texts = [text for row in rows for text in (*row["asked"], row["answer"])]
     texts += [row["paraphrased_answer"] for row in rows if "paraphrased_answer" in row]
-    core = Tokenizer(BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, END, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-    )
+    settings = {"chat_template": TEMPLATE, "model_max_length": 512, "additional_special_tokens": [USER, ASSISTANT]}
+    return new_tokenizer(texts, VOCABULARY, PAD, END, **settings)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """An untrained Llama of under a million parameters."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=288,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return new_model(CONFIG, tokenizer, seed)
 
 
 def conversations(
@@ -248,12 +226,7 @@ def build(folder: Path, seed: int = 0, progress: Progress = quiet, passes: int =
             model,
             tokenizer,
             list(conversations(rows, tokenizer, passes, seed)),
-            epochs=1,
-            batch_size=32,
-            learning_rate=3e-3,
-            warmup=0.05,
-            weight_decay=0.01,
-            by_length=True,
+            Course(epochs=1, batch_size=32, learning_rate=3e-3, warmup=0.05, by_length=True),
             seed=seed,
             what=f"training the {name} model",
             progress=progress,
@@ -261,7 +234,7 @@ def build(folder: Path, seed: int = 0, progress: Progress = quiet, passes: int =
         _save(model, tokenizer, folder / name)
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -145,6 +145,24 @@ class GateSources(Table):
     checks: dict[str, GateCheck] = {}
 
 
+class TrainingTexts(Reading):
+    """What a model is trained on: prompts (default: the benchmark's) with the column of their `answer`.
+
+    `plain` ones are no questions: a prompt is how a text begins, and its answer how it goes on.
+    """
+
+    prompt: Template | None = None
+    answer: str = "answer"
+    plain: bool = False
+
+
+class TrainingSources(Table):
+    """What a model subject to unlearning was trained on: the forget set and the retain set."""
+
+    forget: Annotated[tuple[TrainingTexts, ...], Field(strict=False, min_length=1)]
+    retain: Annotated[tuple[TrainingTexts, ...], Field(strict=False, min_length=1)]
+
+
 def read(source: Source, reading: Reading, forget_set: ForgetSet | None, root: Path | None) -> Rows:
     """The rows of `source` that `reading` takes."""
     rows = load_rows(source, root)

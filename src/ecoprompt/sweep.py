@@ -17,7 +17,7 @@ from ecoprompt.registry import InputError, nearest, show
 MOST = 10_000
 """Combinations of a sweep: each is checked before any is run."""
 SWEPT = ("seed", "model", "gate", "tokens", "corruption", "run")
-NAMING = ("method", "kind", "select", "calibrate", "name")
+NAMING = ("method", "kind", "select", "loss", "calibrate", "name")
 """The key that says what a table is: in a run's name its value stands alone."""
 BARE = re.compile(r"[^\s,={}\[\]\"']+")
 

@@ -174,3 +174,13 @@ def search_table(evaluations: Sequence[Evaluation], best: Evaluation, metric: st
         mark = f"{'* ' if one == best else ''}{one.number}"
         shown.add_row(mark, values, number(one.metric), number(one.objective), f"{one.seconds:.1f}")
     return shown
+
+
+def training_table(made: Mapping[Any, Mapping[str, Any]]) -> Table:
+    """Models that were trained, by their folders: how their losses moved, and what that cost, for the terminal."""
+    cells = [["model", "steps", "first loss", "last loss", "seconds", "tokens", "memory MiB"]]
+    for folder, about in made.items():
+        losses = [f"{about[name]:.4g}" for name in ("first_loss", "last_loss")]
+        costs = [f"{about['seconds']:.1f}", str(about["tokens"]), f"{about['peak_memory_mib']:.0f}"]
+        cells.append([str(folder), str(about["steps"]), *losses, *costs])
+    return plain_table(cells)

@@ -6,13 +6,17 @@ import contextlib
 import io
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import Console
 
     from ecoprompt.registry import Progress
@@ -126,3 +130,12 @@ def print_json(document: Any) -> None:
     from ecoprompt.results import to_json
 
     print(to_json(document))
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, put off while torch is imported: its C++ code would abort the process."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        threading.Timer(0.05, signal.raise_signal, [number]).start()
+    else:
+        signal.default_int_handler(number, frame)

@@ -1,22 +1,36 @@
-"""Training of causal language models on `transformers.Trainer`."""
+"""Training of causal language models on `transformers.Trainer`, which goes on from its checkpoints."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ecoprompt.registry import InputError, Progress, quiet
+from ecoprompt.learning import Course
+from ecoprompt.lessons import ABOUT, Lesson
+from ecoprompt.losses import IGNORED
+from ecoprompt.models import encode, encode_pair, render, render_answer
+from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
+from ecoprompt.results import to_json, write_text_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that has no part in the loss."""
+CHECKPOINT = "checkpoint-"
+Loss = Callable[[Any, Mapping[str, Any], float], torch.Tensor]
+"""The loss of (model, batch, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,23 @@ class Example:
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The loss of each optimiser step, and the cost: seconds, tokens that the model read, peak memory in MiB."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    memory: float = 0.0
+
+    def about(self) -> dict[str, Any]:
+        """The same in short, with the mean loss of the first and of the last tenth of the steps."""
+        tenth = max(len(self.losses) // 10, 1)
+        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        cost = {"seconds": self.seconds, "tokens": self.tokens, "peak_memory_mib": self.memory}
+        return {"steps": len(self.losses), "first_loss": first, "last_loss": last, **cost}
 
 
 def example(prompt: Sequence[int], completion: Sequence[int], *, loss: Literal["completion", "all"]) -> Example:
@@ -39,6 +70,18 @@ def join(examples: Iterable[Example]) -> Example:
     return Example(tuple(i for part in parts for i in part.ids), tuple(i for part in parts for i in part.labels))
 
 
+def encode_lesson(tokenizer: PreTrainedTokenizerBase, lesson: Lesson, course: Course, most: int) -> list[Example]:
+    """A lesson as the model will be asked it, at most `most` tokens long; a longer text is several examples."""
+    if lesson.plain:
+        ids = encode(tokenizer, f"{lesson.prompt} {lesson.answer}".strip() + (tokenizer.eos_token or ""))
+        pieces = [ids[start : start + most] for start in range(0, len(ids), most)]
+        return [example((), piece, loss="all") for piece in pieces if len(piece) > 1]
+    messages = [{"role": "user", "content": lesson.prompt}]
+    answer = render_answer(tokenizer, messages, lesson.answer)
+    head, tail = encode_pair(tokenizer, render(tokenizer, messages), answer)
+    return [example(head, tail[: max(most - len(head), 1)], loss="all" if course.learn == "all" else "completion")]
+
+
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     """A right-padded batch, `input_ids`, `attention_mask` and `labels` [B, T]; no padding is attended to or learnt."""
     length = max(len(one.ids) for one in examples)
@@ -50,66 +93,173 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a batch up."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
+
+
 def train_causal_lm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
+    course: Course,
     *,
-    epochs: float = 5.0,
-    batch_size: int = 4,
-    accumulation: int = 1,
-    learning_rate: float = 2e-5,
-    warmup: float = 0.1,
-    weight_decay: float = 0.01,
-    max_grad_norm: float = 1.0,
-    bf16: bool = False,
-    by_length: bool = False,
     seed: int = 0,
     what: str = "training",
     progress: Progress = quiet,
-) -> list[float]:
-    """Trains `model` in place and returns the loss of each optimiser step (mean per learnt token, in nats).
+    folder: Path | None = None,
+) -> Trained:
+    """Trains `model` in place by the mean cross-entropy per learnt token, in nats.
 
-    AdamW with a cosine schedule; `warmup` is the fraction of all steps over which the learning rate rises.
-    `by_length` batches sequences of similar length, which saves padding. Nothing is written to disk.
-    Raises InputError if there is nothing to learn.
+    In `folder` it keeps the checkpoints that it goes on from, and without one nothing. Raises InputError if there is
+    nothing to learn.
     """
     if not any(label != IGNORED for one in examples for label in one.labels[1:]):
         raise InputError(f"{what}: there is no token to learn in {len(examples)} examples")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=learning_rate,
-            warmup_steps=warmup,
-            lr_scheduler_type="cosine",
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            bf16=bf16,
-            seed=seed,
-            train_sampling_strategy="group_by_length" if by_length else "random",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        report = _Report(what, progress)
-        trainer = Trainer(
+    pad = padding(tokenizer)
+
+    def batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return collate([row["example"] for row in rows], pad)
+
+    return run_trainer(model, _Sequences(examples), batch, course, seed, what, progress, folder)
+
+
+def run_trainer(
+    model: PreTrainedModel,
+    dataset: Any,
+    batch: Callable[[Sequence[Any]], Mapping[str, Any]],
+    course: Course,
+    seed: int,
+    what: str,
+    progress: Progress,
+    folder: Path | None,
+    loss: Loss | None = None,
+) -> Trained:
+    """Trains `model` in place on the batches that `batch` makes of rows of `dataset`, by its own loss or by `loss`.
+
+    Going on from a checkpoint in `folder` gives what would have come of it without the interruption.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:
+        report = _Report(what, progress, dataset)
+        trainer = _Trainer(
             model=model,
-            args=arguments,
-            train_dataset=_Sequences(examples),
-            data_collator=lambda rows: collate([row["example"] for row in rows], pad),
+            args=_arguments(str(folder or nowhere), course, seed, keeps=folder is not None),
+            train_dataset=dataset,
+            data_collator=batch,
             callbacks=[report],
         )
+        trainer.loss = loss
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=_newest(folder) if folder is not None else None)
     model.eval()
-    return report.losses
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    seconds = sum(entry["seconds"] for entry in history)
+    losses = [entry["loss"] for entry in history]
+    return Trained(losses, seconds, int(trainer.state.num_input_tokens_seen), _peak_memory())
+
+
+def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingArguments:
+    gpu = torch.cuda.is_available()
+    bf16 = gpu and torch.cuda.is_bf16_supported() if course.arithmetic == "auto" else course.arithmetic == "bfloat16"
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=course.epochs,
+        per_device_train_batch_size=course.batch_size,
+        gradient_accumulation_steps=course.accumulation,
+        learning_rate=course.learning_rate,
+        warmup_steps=course.warmup,
+        lr_scheduler_type="cosine",
+        weight_decay=course.weight_decay,
+        max_grad_norm=course.max_grad_norm,
+        bf16=bf16,
+        use_cpu=bf16 and not gpu,
+        seed=seed,
+        train_sampling_strategy="group_by_length" if course.by_length else "random",
+        logging_steps=1,
+        save_strategy=("steps" if course.save_steps else "epoch") if keeps else "no",
+        save_steps=course.save_steps or 500,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=gpu,
+    )
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest checkpoint that is whole; what a killed process left half written is removed."""
+    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # which is written last
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def _peak_memory() -> float:
+    """The most memory in MiB that this process has had: of the GPU, or without one its own."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
+    """The model with the low-rank adapters that `[…] lora` asks for, alone to be trained; else as it is."""
+    if course.lora is None:
+        return model
+    try:
+        import peft
+    except ImportError:
+        raise EcopromptError("'lora' needs peft: pip install 'ecoprompt[lora]'") from None
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(
+        r=course.lora.rank,
+        lora_alpha=course.lora.alpha,
+        lora_dropout=course.lora.dropout,
+        target_modules=course.lora.targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():  # peft uses names of transformers that are to go
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise InputError(f"'lora.targets': {error}") from None
+
+
+def trained_before(folder: Path, digest: str) -> dict[str, Any] | None:
+    """What the folder of a model says of its training, if that was the one that `digest` stands for."""
+    try:
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about if about.get("digest") == digest else None
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: Mapping[str, Any]) -> None:
+    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`."""
+    if course.lora is not None:
+        model = model.merge_and_unload()
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model.to(getattr(torch, course.stored)).save_pretrained(part)
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+    tokenizer.save_pretrained(part)
+    write_text_atomic(part / ABOUT, to_json(about))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
@@ -125,17 +275,38 @@ class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": self.examples[index].ids, "example": self.examples[index]}
 
 
-class _Report(TrainerCallback):  # type: ignore[misc]
-    """Hands a training's steps to `progress` and keeps their losses."""
+class _Trainer(Trainer):  # type: ignore[misc]
+    """`Trainer` with a loss of its own, if it has one, that counts the tokens which the model reads."""
 
-    def __init__(self, what: str, progress: Progress) -> None:
+    loss: Loss | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        masks = [part["attention_mask"] for part in ([inputs] if self.loss is None else inputs.values())]
+        self.state.num_input_tokens_seen += sum(int(mask.sum()) for mask in masks)
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.loss(model, inputs, self.state.epoch or 0.0)
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    """Hands a training's steps to `progress`, notes how long each took, and tells the data set which epoch it is."""
+
+    def __init__(self, what: str, progress: Progress, dataset: Any) -> None:
         self.what = what
         self.progress = progress
-        self.losses: list[float] = []
+        self.dataset = dataset
+        self.since = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.dataset.epoch = int((state.epoch or 0) + 1e-6)
+        self.since = self.since or time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
+        if logs and "loss" in logs:  # the state goes into the checkpoint, so that no second is lost but those not kept
+            now = time.monotonic()
+            state.log_history[-1]["seconds"], self.since = now - self.since, now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress(self.what, state.global_step, state.max_steps)
