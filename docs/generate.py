@@ -145,7 +145,7 @@ def measures_page() -> str:
         "# Benchmarks and metrics",
         "A run's results hold its aggregates, and the mean of every metric of a subset as `SUBSET_METRIC`: "
         "`forget_rouge`, `retain_probability`. On a forget set no direction is better in itself: there the aim is the "
-        "value of the `retain` run.",
+        "value of the `retain` run, or what chance gives where a metric knows that.",
     ]
     for name in benchmarks:
         parts += _benchmark(benchmarks[name])
@@ -209,8 +209,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         [f"`{benchmark.name}/{name}`", str(len(one.targets)), _count(benchmark, name), f"`{one.retain}`"]
         for name, one in benchmark.forget_sets.items()
     ]
-    known = benchmarks[benchmark.of].forget_sets if benchmark.of else benchmark.forget_sets
-    first = next(iter(known), None)
+    forgets = any(subset.forget for subset in benchmark.subsets.values())
+    first = next(iter(benchmark.family.forget_sets), None) if forgets else None
     counts = benchmark.dry_rows(first)
     subsets = [
         [
@@ -232,8 +232,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         parts.append(f"{benchmark.title}. For gates: it has no rows to evaluate.")
     else:
         parts.append(f"{benchmark.title}. What no gate should flag: `[data] checks` measures a gate on it.")
-    if benchmark.of:
-        parts.append(f"It has the forget sets of `{benchmark.of}`.")
+    if benchmark.family is not benchmark and forgets:
+        parts.append(f"It has the forget sets of `{benchmark.family.name}`.")
     if sets:
         parts.append(table(["forget set", "targets", "rows", "retain set"], sets))
     if subsets:

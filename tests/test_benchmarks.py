@@ -13,6 +13,7 @@ from ecoprompt.benchmarks import PACKAGE, Benchmark, declare, parse_forget
 from ecoprompt.data import ENVIRONMENT
 from ecoprompt.items import Item
 from ecoprompt.registry import InputError, aggregates, benchmarks, metrics
+from ecoprompt.results import legend_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_tofu = pytest.mark.skipif(
@@ -309,11 +310,6 @@ def test_all_mistakes_of_a_table_come_at_once():
             "'small.columns.0': there is no column 'retain_roge'; did you mean 'retain_rouge'?",
         ),
         (
-            {"tradeoff": ["forget_ratio", "retain_roge"]},
-            "'small.tradeoff.1': there is no column 'retain_roge'; did you mean 'retain_rouge'?",
-        ),
-        ({"tradeoff": ["forget_ratio"]}, "'small.tradeoff': found "),
-        (
             {"aggregates": {"forget_quality": {"subset": "forgot"}}},
             "'small.aggregates.forget_quality': there is no subset 'forgot'; did you mean 'forget'?",
         ),
@@ -438,6 +434,53 @@ def test_subsets_share_the_metrics_of_their_benchmark():
     benchmark = declare("small", table)
     assert benchmark.subset("retain").metrics == {"rouge": "rouge_l"}
     assert set(benchmark.subset("forget").metrics) == {"ratio", "truth_ratio"}
+
+
+def test_a_benchmark_leaves_unstated_what_is_as_in_the_one_it_is_of():
+    wmdp = benchmarks["wmdp"]
+    mine = declare("mine", {"of": "wmdp", "metrics": {"probe": "linear_probe"}, "max_length": 9})
+    assert (mine.hub, mine.split, mine.prompt, mine.raw, mine.rows) == (
+        "cais/wmdp",
+        "test",
+        wmdp.prompt,
+        True,
+        wmdp.rows,
+    )
+    assert mine.max_length == 9
+    assert mine.forget_set("all") is wmdp.forget_set("all")
+    assert {name: one.model_copy(update={"metrics": {}}) for name, one in mine.subsets.items()} == {
+        name: one.model_copy(update={"metrics": {}}) for name, one in wmdp.subsets.items()
+    }
+    assert {tuple(one.metrics.items()) for one in mine.subsets.values()} == {(("probe", "linear_probe"),)}
+    with pytest.raises(InputError, match="'mine.of': there is no benchmark 'wmdb'; did you mean 'wmdp'?"):
+        declare(
+            "mine",
+            {"of": "wmdb", "prompt": "{{ q }}", "max_length": 9, "local": "x", "subsets": {"a": {"metrics": {}}}},
+        )
+
+
+def test_a_benchmark_of_ones_own_files_takes_no_data_set_of_the_one_it_is_of():
+    mine = declare("mine", {"of": "tofu", "folder": "mine", "subsets": {"a": {"answer": "said", "alternatives": "no"}}})
+    assert (mine.hub, mine.folder, mine.prompt) == (None, "mine", benchmarks["tofu"].prompt)
+    assert mine.subset("a").metrics == benchmarks["tofu"].metrics
+
+
+def test_a_forget_set_of_choices_is_best_at_chance():
+    assert set(benchmarks["wmdp"].better().values()) == {"closer to chance"}
+    found = benchmarks["mmlu"].better()
+    assert found == {
+        "forget_accuracy": "closer to chance",
+        "neighbours_accuracy": "higher",
+        "others_accuracy": "higher",
+    }
+    assert legend_of({"better": found}, list(found)) == "↑ higher is better, ~ closer to chance is better"
+
+
+def test_a_data_set_that_is_read_from_a_file_is_so_for_its_gate():
+    for name, hub in (("bbc_news", "vblagoje/cc_news"), ("book_mia", "swj0419/BookMIA")):
+        one = benchmarks[name]
+        read = [*one.subsets.values(), *one.gate.negative, *one.gate.checks.values()]
+        assert len({table.local for table in read if table.hub == hub}) == 1
 
 
 def test_an_aggregate_is_made_of_the_metrics_that_it_is_told():

@@ -97,7 +97,7 @@ def test_every_subset_with_choices_is_tried():
 @pytest.mark.parametrize(("benchmark", "subset"), ROWS, ids=lambda name: name)
 def test_rows_make_prompts_and_choices(benchmark, subset, tmp_path):
     table = benchmarks[benchmark]
-    forget = next(iter((benchmarks[table.of] if table.of else table).forget_sets), None)
+    forget = next(iter(table.family.forget_sets), None)
     local = table.subset(subset).local
     assert local is not None
     for row, prompt, right, wrong in ROWS[benchmark, subset]:

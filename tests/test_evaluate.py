@@ -217,7 +217,6 @@ def test_a_gate_is_evaluated_without_a_model(root, tmp_path, monkeypatch):
     ("changes", "expected"),
     [
         ({}, ["forget_quality", "model_utility"]),
-        ({"tradeoff": ["forget_rouge", "retain_rouge"]}, ["forget_rouge", "retain_rouge"]),
         ({"columns": ["facts_rouge", "forget_rouge"]}, ["forget_rouge", "facts_rouge"]),
         ({"columns": ["forget_rouge", "forget_quality"]}, ["forget_rouge", "forget_quality"]),
         ({"columns": ["forget_rouge"]}, ["forget_rouge"]),

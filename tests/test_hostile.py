@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import tomllib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ecoprompt.gate import transformer
 from ecoprompt.pack import FILES, PACK, TrainedGate, load_forget, save_pack, train_classifier
 from ecoprompt.recipe import load_recipe, parse_recipe
 from ecoprompt.registry import EcopromptError, InputError
+from ecoprompt.template import evaluate as value_of
 from ecoprompt.template import fill, template_names
 
 OPENED: list[str] = []
@@ -463,6 +465,10 @@ BOMBS = {
     "globals": "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
     "nested brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "a long text": "x" * 100_000,
+    "lists written out": "{{ t" + "|list|string" * 20 + " }}",
+    "lists written out by ~": "{{ " + "([" * 12 + "t" + "] ~ '')" * 12 + " }}",
+    "many joins": "{{ " + " ~ ".join(["t|list|join('12345678901234567890')"] * 400) + " }}",
+    "many names": "{{ " + "~".join(["t"] * 3000) + " }}",
 }
 
 
@@ -488,6 +494,23 @@ def test_the_output_of_a_template_is_bounded():
     with pytest.raises(InputError, match="gets longer than"):
         fill("{% for a in t %}{% for b in t %}{{ t }}{% endfor %}{% endfor %}", {"t": "x" * 5000})
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("parts", ["~".join(["t|list|join('1234567890')"] * 20), "[" + ",".join(["t"] * 60) + "]"])
+def test_what_an_expression_makes_is_bounded(parts):
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="gets longer than"):
+            value_of(parts, {"t": "x" * 20_000})
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", [3, None, ["a"]])
+def test_a_filter_of_texts_refuses_what_is_none(value):
+    with pytest.raises(InputError, match="'unbracketed' takes a text, found "):
+        fill("{{ t | unbracketed }}", {"t": value})
 
 
 def test_what_prompts_need_is_still_filled():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
 from ecoprompt import metrics as module
-from ecoprompt.metrics import ROW_INPUTS, LogProb, reads
+from ecoprompt.metrics import ROW_INPUTS, Better, LogProb, reads
 from ecoprompt.registry import aggregates, metrics
 
 
@@ -31,13 +32,13 @@ def test_logprob_of_no_tokens_is_refused():
 def test_every_row_metric_reads_known_inputs_and_states_its_direction(name):
     assert reads(name)
     assert set(reads(name)) <= set(ROW_INPUTS)
-    assert metrics[name].better in {"higher", "lower", "closer to retain"}
+    assert metrics[name].better in get_args(Better)
     assert metrics.bind(name, {}) == {}
 
 
 @pytest.mark.parametrize("name", list(aggregates))
 def test_every_aggregate_states_direction_and_parts(name):
-    assert aggregates[name].better in {"higher", "lower", "closer to retain"}
+    assert aggregates[name].better in get_args(Better)
     assert aggregates[name].of
 
 

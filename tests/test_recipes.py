@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -137,11 +140,14 @@ def test_general_ability_is_the_papers_eleven_sets():
     ]
 
 
-@pytest.mark.parametrize("name", ["tofu", "wmdp", "mmlu-economics", "mmlu-law", "mmlu-physics", "general"])
+@pytest.mark.parametrize(
+    "name",
+    ["tofu", "wmdp", "mmlu-economics", "mmlu-law", "mmlu-physics", "general", "bbc-news", "hp-book", "book"],
+)
 def test_prompts_that_tell_a_model_to_forget_name_what(name):
     recipe = load_recipe(name)
     told = {run.name: run.prefix for run in resolve_runs(recipe) if run.prefix is not None}
-    assert told.keys() == {"prompting"} | (set() if name == "general" else {"in-context", "refusal"})
+    assert told.keys() == {"prompting"} | (set() if name == "book" else {"in-context", "refusal"})
     assert all("{{ targets }}" in prefix for prefix in told.values())
     assert benchmarks[recipe.data.forget.partition("/")[0]].forget_set(recipe.data.forget.partition("/")[2]).targets
 
@@ -156,6 +162,8 @@ def test_dry_runs_need_no_torch(tmp_path):
     assert done.stdout == "[]\n"
 
 
+PHYSICS_AND_LAW = {"gate-mmlu-physics", "gate-mmlu-law"}
+"""Told by "and so on"."""
 GATES = {
     "gate-tofu": "tofu/forget10",
     "gate-wmdp": "wmdp/all",
@@ -251,7 +259,7 @@ def test_the_papers_texts_are_evaluated_with_its_gates_and_a_dry_run_names_what_
     news, book = (evaluate.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
     assert news["rows"] == {"bbc_news": {"articles": 500, "others": 500}}
     assert [name for name in news["runs"] if name.startswith("eco")] == [
-        f"eco[corruption.strength={strength}]" for strength in (5, 10, 15, 20, 25, 30)
+        f"eco[corruption.strength={strength}]" for strength in (2, 3, 4, 5, 10, 15, 20, 25, 30, 40, 50, 100)
     ]
     assert news["fetches"] == [
         "RealTimeData/bbc_news_alltime",
@@ -279,6 +287,36 @@ def test_the_repeat_test_is_tofus_recipe_with_another_benchmark():
     planned = evaluate.plan(load_recipe("tofu", ['evaluate=[{ benchmark = "tofu-repeat" }]', swept]))
     assert planned["rows"] == {"tofu-repeat": {"repetition": 400, "reply": 400}}
     assert sum(run["guarded"] for run in planned["runs"].values()) == 4
+
+
+def _commands(path):
+    """What is given by --set in each command of a page."""
+    for command in re.findall(
+        r"`ecoprompt (\w+(?:-\w+)? [^`]*)`|^ecoprompt (\w+(?:-\w+)? .*)$", path.read_text(), re.M
+    ):
+        _, name, *words = shlex.split("".join(command), comments=True)
+        yield name, [after for word, after in itertools.pairwise(words) if word == "--set"]
+
+
+def test_the_commands_of_the_paper_dry_run():
+    planned = [
+        (name, evaluate.plan(load_recipe(name, given))) for name, given in _commands(ROOT / "docs" / "reproduce.md")
+    ]
+    assert {name for name, _ in planned} >= {"tofu", "wmdp", "general", "bbc-news", "hp-book", *GATES} - PHYSICS_AND_LAW
+    asked = {one["recipe"]["name"]: one for _, one in planned}
+    assert list(asked["wmdp-probe"]["rows"]) == ["wmdp-probe"]
+    assert list(asked["tofu-repeat"]["rows"]) == ["tofu-repeat"]
+    assert sum(run["guarded"] for run in asked["tofu-repeat"]["runs"].values()) == 15
+    assert asked["gate-book"]["recipe"]["data"]["forget"] == "book_mia/hp_book"
+    assert asked["general-law"]["recipe"]["data"]["forget"] == "mmlu/law"
+
+
+def test_another_benchmark_does_not_take_the_place_of_a_recipes_results():
+    pages = [ROOT / "README.md", ROOT / "recipes" / "wmdp.toml", *ROOT.glob("docs/*.md")]
+    told = [line for page in pages for line in page.read_text().splitlines()]
+    told = [line for line in told if re.search(r"evaluate=\[\{ benchmark = \"\w+-(probe|repeat)\"", line)]
+    assert len(told) == 4
+    assert all("--set name=" in line for line in told)
 
 
 def test_a_sweep_of_the_quick_start_dry_runs():

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
-from ecoprompt.declared import bind_aggregates, dangling, parts, with_shared_metrics
+from ecoprompt.declared import bind_aggregates, dangling, parts, whole
 from ecoprompt.items import OWN, Choosing, Item, choose
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
@@ -36,6 +36,7 @@ from ecoprompt.template import fill, template_names
 
 PACKAGE = Path(__file__).parent
 
+BenchmarkName = Annotated[str, as_value_error(benchmarks.__getitem__)]
 MetricName = Annotated[str, as_value_error(metrics.__getitem__)]
 PressureName = Annotated[str, as_value_error(pressures.__getitem__)]
 
@@ -86,16 +87,16 @@ class Subset(Choosing, Reading, Named):
         return self
 
 
-class Benchmark(Named):
+class Benchmark(Choosing, Named):
     """A data set, how a prompt is made of a row, and how the answers are scored.
 
-    `of` names the benchmark whose forget sets it shares; `metrics` and `pressures` are those of all subsets that state
-    none; `tradeoff` are the columns that a plot sets against each other, by itself the first of a forget set and the
-    first of others. With `raw`, prompts are given to a model as they stand, without a chat template, and an answer
-    follows after a space.
+    `of` names the benchmark that it varies: what is not stated of forget sets, `hub`, `split`, `prompt`, `raw`,
+    `max_length`, `rows`, `metrics` and `subsets` is as there. `metrics`, `pressures`, `choices`, `right` and
+    `completion` are those of all subsets that state none. With `raw`, prompts are given to a model as they stand,
+    without a chat template, and an answer follows after a space.
     """
 
-    of: str | None = None
+    of: BenchmarkName | None = None
     pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
     title: str = ""
     hub: str | None = None
@@ -108,7 +109,6 @@ class Benchmark(Named):
     max_length: Annotated[int, Field(ge=1)]
     rows: dict[str, int] = {}
     columns: Texts = ()
-    tradeoff: Annotated[Texts, Field(min_length=2, max_length=2)] | None = None
     forget_sets: dict[str, ForgetSet] = {}
     metrics: dict[str, MetricName] = {}
     subsets: Annotated[dict[str, Subset], Field(min_length=1)] = {}
@@ -116,6 +116,7 @@ class Benchmark(Named):
     gate: GateSources | None = None
     training: TrainingSources | None = None
     _base: Path = PrivateAttr(PACKAGE)
+    _declared: Mapping[str, Any] = PrivateAttr({})
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Benchmark:
@@ -140,9 +141,20 @@ class Benchmark(Named):
         for name, table in named:
             table._name = name
 
+    @property
+    def declared(self) -> Mapping[str, Any]:
+        """The table that it was declared by, with what that left to others."""
+        return self._declared
+
+    @property
+    def family(self) -> Benchmark:
+        """The benchmark whose forget sets it has: itself, or that of which it is."""
+        found: Benchmark = self if self.forget_sets or self.of is None else benchmarks[self.of].family
+        return found
+
     def forget_set(self, name: str) -> ForgetSet:
         """The forget set of this name; raises InputError with the nearest one."""
-        known: Mapping[str, ForgetSet] = benchmarks[self.of].forget_sets if self.of else self.forget_sets
+        known = self.family.forget_sets
         if name not in known:
             raise InputError(f"benchmark '{self.name}' has no forget set '{name}'; {nearest(name, known)}")
         return known[name]
@@ -159,7 +171,8 @@ class Benchmark(Named):
         for subset in self.subsets.values():
             for key, metric in subset.metrics.items():
                 compared = subset.forget and asks_model(metric) and "nearest" not in reads(metric)
-                found[f"{subset.name}_{key}"] = "closer to retain" if compared else metrics[metric].better
+                aim: Better = "closer to chance" if metrics[metric].chance else "closer to retain"
+                found[f"{subset.name}_{key}"] = aim if compared else metrics[metric].better
         return found
 
     def forget_columns(self) -> dict[str, tuple[list[str], list[str]]]:
@@ -316,8 +329,7 @@ class Benchmark(Named):
         if not template_names(template):
             return template
         if forget is None:
-            hint = f"one of {self.of}" if self.of else nearest("", self.forget_sets)
-            raise InputError(f"benchmark '{self.name}' needs a forget set; {hint}")
+            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.family.forget_sets)}")
         forget_set = self._forget_set(forget)
         assert forget_set is not None
         return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
@@ -338,13 +350,14 @@ def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: st
     """
     where = name if where is None else where
     bound, problems = bind_aggregates(table, where)
+    table = whole(table)
     try:
-        table = {**table, "aggregates": bound} if "aggregates" in table else table
-        benchmark = Benchmark.model_validate(with_shared_metrics(table))
+        benchmark = Benchmark.model_validate({**table, "aggregates": bound} if "aggregates" in table else table)
     except ValidationError as error:
         raise InputError(*describe(error, Benchmark, where, f"benchmark '{name}'"), *problems) from None
     benchmark._name = name
     benchmark._base = base
+    benchmark._declared = table
     problems += dangling(benchmark, where)
     if problems:
         raise InputError(*problems)

@@ -52,9 +52,9 @@ def _check_subject(raw: Mapping[str, Any], number: int, name: str) -> list[str]:
     forget = data.get("forget") if isinstance(data, dict) else None
     subject = forget.partition("/")[0] if isinstance(forget, str) else name
     forgets = any(subset.forget for subset in benchmark.subsets.values())
-    if not forgets or subject in (name, benchmark.of) or subject not in benchmarks:
+    of = benchmark.family.name
+    if not forgets or subject in (name, of) or subject not in benchmarks:
         return []
-    of = benchmark.of or name
     return [
         f"'evaluate.{number}.benchmark': '{name}' measures the forgetting of {of}, and '{forget}' is to be forgotten"
     ]

@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ecoprompt.registry import InputError, aggregates, nearest
+from ecoprompt.registry import InputError, aggregates, benchmarks, nearest
 
 if TYPE_CHECKING:
     from ecoprompt.benchmarks import Benchmark
 
 
-def with_shared_metrics(table: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` with its own `metrics` in each subset that states none."""
-    subsets = table.get("subsets")
-    if "metrics" not in table or not isinstance(subsets, Mapping):
-        return dict(table)
-    shared = {"metrics": table["metrics"]}
-    return {
-        **table,
-        "subsets": {name: {**shared, **one} if isinstance(one, Mapping) else one for name, one in subsets.items()},
-    }
+INHERITED = ("hub", "split", "prompt", "raw", "max_length", "rows", "metrics", "subsets")
+"""What a benchmark takes of the one it is `of`."""
+SHARED = ("metrics", "choices", "right", "completion")
+"""What a benchmark's subsets take of it."""
+
+
+def whole(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with what it leaves to the benchmark that it is `of`, and each subset with what it leaves to `table`."""
+    given, of = dict(table), table.get("of")
+    if isinstance(of, str) and of in benchmarks:
+        left = {key: value for key, value in benchmarks[of].declared.items() if key in INHERITED and key not in table}
+        if {"folder", "local"} & table.keys():
+            left.pop("hub", None)
+        if "metrics" in table and "subsets" in left:
+            left["subsets"] = {name: {**one, "metrics": table["metrics"]} for name, one in left["subsets"].items()}
+        given |= left
+    shared = {key: given[key] for key in SHARED if key in given}
+    if isinstance(given.get("subsets"), Mapping):
+        subsets = given["subsets"].items()
+        given["subsets"] = {name: {**shared, **one} if isinstance(one, Mapping) else one for name, one in subsets}
+    return given
 
 
 def parts(name: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -52,10 +63,9 @@ def dangling(benchmark: Benchmark, where: str) -> list[str]:
     """Names in the tables of `benchmark` that point to nothing."""
     problems = []
     known = benchmark.better()
-    for key in ("columns", "tradeoff"):
-        for number, column in enumerate(getattr(benchmark, key) or ()):
-            if column not in known:
-                problems.append(f"'{where}.{key}.{number}': there is no column '{column}'; {nearest(column, known)}")
+    for number, column in enumerate(benchmark.columns):
+        if column not in known:
+            problems.append(f"'{where}.columns.{number}': there is no column '{column}'; {nearest(column, known)}")
     for name, parameters in benchmark.aggregates.items():
         named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
         for subset in named:

@@ -180,15 +180,14 @@ def _conclude(
 
 
 def _tradeoff(tables: Sequence[Benchmark]) -> list[str]:
-    """The two columns of the trade-off plot: as a benchmark declares, else the first of the forget set and of others.
+    """The two columns of the trade-off plot: the first of the forget set and of others.
 
     Where the tables show no column of one kind, they are the first two of the other.
     """
     columns = [column for table in tables for column in table.table_columns()]
     forgotten = {name for table in tables for name in table.forget_columns()}
     first = [next((name for name in columns if (name in forgotten) == of), "") for of in (True, False)]
-    declared = next((list(table.tradeoff) for table in tables if table.tradeoff), None)
-    return declared or (first if all(first) else columns[:2])
+    return first if all(first) else columns[:2]
 
 
 def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
@@ -288,7 +287,12 @@ def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, Forget
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark]
-        yield table, benchmark, named[1] if named and named[0].name in (benchmark.name, benchmark.of) else None, root
+        yield (
+            table,
+            benchmark,
+            named[1] if named and named[0].name in (benchmark.name, benchmark.family.name) else None,
+            root,
+        )
 
 
 def _items(recipe: Recipe) -> list[Item]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Values = Mapping[str, NDArray[np.float64]]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Better = Literal["higher", "lower", "closer to retain"]
+Better = Literal["higher", "lower", "closer to retain", "closer to chance"]
 
 ROW_INPUTS = (
     *("answer", "answers", "reference", "alternatives", "generation", "samples", "reread", "logits", "nearest"),

@@ -26,7 +26,7 @@ class OwnBenchmark(Table):
     """What is to be forgotten and what is to be kept, in files of your own.
 
     They are CSV, JSON lines, JSON, Parquet or text, beside the recipe. Rows and texts alike train the gate and are
-    evaluated. With `subsets` or `gate`, it is a table as those of benchmarks.toml instead.
+    evaluated. With `subsets`, `gate` or `of`, it is a table as those of benchmarks.toml instead.
     """
 
     forget: Files = Field(description="file of what is to be forgotten, or a list of files")
@@ -122,7 +122,7 @@ def declare_own(raw: Mapping[str, Any], base: Path) -> list[str]:
 
 
 def _declared_by(name: str, table: Mapping[str, Any], base: Path, where: str) -> Benchmark:
-    if "subsets" in table or "gate" in table:
+    if {"subsets", "gate", "of"} & table.keys():
         return declare(name, table, base, where)
     try:
         own = OwnBenchmark.model_validate(dict(table))

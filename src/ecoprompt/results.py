@@ -15,7 +15,7 @@ from typing import Any
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
-ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈"}
+ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈", "closer to chance": "~"}
 
 
 class Store:
@@ -228,9 +228,8 @@ def title_of(summary: Mapping[str, Any]) -> str:
 
 
 def legend_of(summary: Mapping[str, Any], chosen: Sequence[str]) -> str | None:
-    words = {"higher": "higher is better", "lower": "lower is better", "closer to retain": "closer to retain is better"}
     present = {summary.get("better", {}).get(name) for name in chosen}
-    return ", ".join(f"{ARROWS[way]} {words[way]}" for way in ARROWS if way in present) or None
+    return ", ".join(f"{ARROWS[way]} {way} is better" for way in ARROWS if way in present) or None
 
 
 def heading_of(summary: Mapping[str, Any], name: str) -> str:

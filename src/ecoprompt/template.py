@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ecoprompt.registry import InputError, nearest
 
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from jinja2.environment import TemplateExpression
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 LONGEST = 20_000
 """Characters of a template; what is longer is nobody's prompt."""
 LARGEST = 1_000_000
 """Characters of a filled template."""
+TOO_LONG = f"the prompt gets longer than {LARGEST} characters"
 _DEEPEST = 2
+_PARTS = 100
+"""Names, values and steps of one expression, of which each step makes a text or a list of LARGEST at most."""
 _NODES = (
     {"Template", "Output", "TemplateData", "Name", "Const", "List", "Tuple", "Getattr", "Getitem", "Slice", "Filter"}
     | {"Call", "If", "CondExpr", "Compare", "Operand", "And", "Or", "Not", "Test", "For", "Concat", "Add", "Sub"}
@@ -39,7 +43,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
     """What `expression`, the inside of a template's {{ }}, comes to with `values`; raises as `fill` does."""
-    return _filled(_printed(expression), values, lambda: _expression(expression)(values))
+    return _filled(_printed(expression), values, lambda: _within(_expression(expression)(values)))
 
 
 def expression_names(expression: str) -> set[str]:
@@ -104,8 +108,27 @@ def _bounded(pieces: Iterable[str]) -> str:
         found.append(piece)
         length += len(piece)
         if length > LARGEST:
-            raise ValueError(f"the prompt gets longer than {LARGEST} characters")
+            raise ValueError(TOO_LONG)
     return "".join(found)
+
+
+def _within(found: T) -> T:
+    """What an expression or a step of it makes; raises ValueError if it is longer than any prompt."""
+    from jinja2 import Undefined
+
+    if not isinstance(found, Undefined) and len(str(found)) > LARGEST:
+        raise ValueError(TOO_LONG)
+    return found
+
+
+def _stepwise(step: F) -> F:
+    """`step`, a filter, with what it makes bounded."""
+
+    @functools.wraps(step)
+    def bounded(*given: Any, **named: Any) -> Any:
+        return _within(step(*given, **named))
+
+    return cast(F, bounded)
 
 
 def _unfit(node: Any, loops: int) -> str | None:
@@ -121,6 +144,12 @@ def _unfit(node: Any, loops: int) -> str | None:
             return f"found loops inside loops, expected {_DEEPEST} levels at most"
         if any(True for _ in node.iter.find_all((nodes.Concat, nodes.Add, nodes.Filter))):
             return "found a loop over a text that the template makes itself"
+    if isinstance(node, nodes.Concat) and node.find(nodes.Concat):  # which may write a list out, and the list holds it
+        return "found '~' inside what another '~' joins"
+    if not isinstance(node, nodes.Expr):
+        parts = [len([*one.find_all(nodes.Node)]) for one in node.iter_child_nodes() if isinstance(one, nodes.Expr)]
+        if max(parts, default=0) > _PARTS:
+            return f"found an expression of {max(parts)} parts, expected {_PARTS} at most"
     if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
         return f"found the filter '{node.name}'; known: {', '.join(sorted(_FILTERS))}"
     if isinstance(node, nodes.Call) and not (isinstance(node.node, nodes.Getattr) and node.node.attr in _METHODS):
@@ -157,11 +186,14 @@ def _environment() -> Environment:
 
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["unbracketed"] = _unbracketed
+    environment.filters = {name: _stepwise(step) for name, step in environment.filters.items() if name in _FILTERS}
     return environment
 
 
 def _unbracketed(text: str) -> str:
     """`text` without what stands in [square brackets], up to the first that closes them."""
+    if not isinstance(text, str):
+        raise TypeError(f"'unbracketed' takes a text, found {text!r}")
     end = text.rfind("]") + 1  # so that every bracket before it is closed, which no search has to find out
     return re.sub(r"\[.*?\]", "", text[:end], flags=re.DOTALL) + text[end:]
 
