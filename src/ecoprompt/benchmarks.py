@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
-from ecoprompt.declared import bind_aggregates, dangling, parts, whole
+from ecoprompt.declared import bind_aggregates, dangling, parts, subsets_of, whole
 from ecoprompt.items import OWN, Choosing, Item, choose
 from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
 from ecoprompt.pressure import press
@@ -165,6 +165,15 @@ class Benchmark(Choosing, Named):
             raise InputError(f"benchmark '{self.name}' has no subset '{name}'; {nearest(name, self.subsets)}")
         return self.subsets[name]
 
+    def only(self, subsets: Sequence[str] | None) -> Benchmark:
+        """The benchmark with these of its subsets alone, and the columns that are read off them; None for all."""
+        if subsets is None:
+            return self
+        kept = {name: subset for name, subset in self.subsets.items() if name in subsets}
+        made = {name: one for name, one in self.aggregates.items() if set(subsets_of(one)) <= set(kept)}
+        less = self.model_copy(update={"subsets": kept, "aggregates": made})
+        return less.model_copy(update={"columns": tuple(name for name in self.columns if name in less.better())})
+
     def better(self) -> dict[str, Better]:
         """All columns of a run's results, in their order, and which way each is better."""
         found: dict[str, Better] = {name: aggregates[name].better for name in self.aggregates}
@@ -186,9 +195,9 @@ class Benchmark(Choosing, Named):
             if not metrics[metric].together and "reread" not in reads(metric)
         }
         for name, parameters in self.aggregates.items():
-            subsets = parameters.get("subsets") or [parameters["subset"]]
+            subsets = subsets_of(parameters)
             if set(subsets) <= set(forgotten):
-                found[name] = (list(subsets), parts(name, parameters))
+                found[name] = (subsets, parts(name, parameters))
         return found
 
     def chance(self, column: str) -> Callable[[int], float] | None:

@@ -40,10 +40,19 @@ def check_runs(raw: Mapping[str, Any]) -> list[str]:
 
 def _asks_model(raw: Mapping[str, Any]) -> bool:
     """Whether a benchmark of the recipe needs a language model; a recipe without a benchmark is taken to."""
-    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
-    names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
-    known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
+    known = _evaluated(raw)
     return any(benchmark.asks_model for benchmark in known) or not known
+
+
+def _evaluated(raw: Mapping[str, Any]) -> list[Any]:
+    """The benchmarks to evaluate that there are, each with the subsets that are read."""
+    found = []
+    for entry in raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []:
+        name = entry.get("benchmark") if isinstance(entry, dict) else None
+        if isinstance(name, str) and name in benchmarks:
+            subsets = entry.get("subsets")
+            found.append(benchmarks[name].only(subsets if isinstance(subsets, list) else None))
+    return found
 
 
 def _check_subject(raw: Mapping[str, Any], number: int, name: str) -> list[str]:
@@ -84,8 +93,8 @@ def check_benchmarks(raw: Mapping[str, Any]) -> list[str]:
                 problems.append(f"'evaluate.{number}.benchmark': its results are named like those of '{other}' above")
         for key, kind in (("limit", dict), ("subsets", list)):
             for subset in entry[key] if isinstance(entry.get(key), kind) else ():
-                if subset not in benchmarks[name].subsets:
-                    hint = nearest(str(subset), benchmarks[name].subsets)
+                if isinstance(subset, str) and subset not in benchmarks[name].subsets:
+                    hint = nearest(subset, benchmarks[name].subsets)
                     problems.append(f"'evaluate.{number}.{key}.{subset}': no such subset of {name}; {hint}")
     data = raw["data"] if isinstance(raw.get("data"), dict) else {}
     checks = data["checks"] if isinstance(data.get("checks"), list) else []
@@ -110,9 +119,7 @@ def check_optimize(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(table, dict):
         return []
     problems = [f"'optimize': a search needs [{name}]" for name in ("data", "corruption") if name not in raw]
-    entries = raw["evaluate"] if isinstance(raw.get("evaluate"), list) else []
-    names = [entry.get("benchmark") for entry in entries if isinstance(entry, dict)]
-    known = [benchmarks[name] for name in names if isinstance(name, str) and name in benchmarks]
+    known = _evaluated(raw)
     columns = [column for benchmark in known for column in benchmark.forget_columns()]
     metric, target = table.get("metric"), table.get("target", "retain")
     if isinstance(metric, str) and metric not in columns:

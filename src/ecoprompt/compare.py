@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ecoprompt.files import read_json, read_text
-from ecoprompt.paired import paired
+from ecoprompt.paired import by_column, paired, shared
 from ecoprompt.registry import InputError, nearest
 
 MOST = 1 << 31
 """Bytes of a summary or of the rows of an evaluation."""
-Rows = dict[str, dict[str, dict[tuple[Any, ...], float]]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Results:
 
     folder: Path
     summary: Mapping[str, Any]
-    rows: Rows
+    rows: Mapping[str, Mapping[str, Mapping[Hashable, float]]]
 
 
 def compare(first: str, second: str, output: Path) -> dict[str, Any]:
@@ -65,14 +63,8 @@ def _find(reference: str, output: Path) -> Path | str:
 def _read(folder: Path) -> Results:
     """The results in a folder; raises InputError for files that no evaluation wrote."""
     summary = read_json(folder / "summary.json", MOST)
-    rows: Rows = {}
     try:
-        for line in filter(None, read_text(folder / "rows.jsonl", MOST).split("\n")):
-            row = json.loads(line)
-            place = row["benchmark"], row["subset"], row["index"], row["prompt"]
-            for name, value in row["values"].items():
-                of_column = rows.setdefault(row["run"], {}).setdefault(f"{row['subset']}_{name}", {})
-                of_column[place] = math.nan if value is None else float(value)
+        rows = by_column(map(json.loads, filter(None, read_text(folder / "rows.jsonl", MOST).split("\n"))))
         for run in summary["runs"].values():
             dict(run["metrics"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -90,15 +82,14 @@ def _compare_run(run: str, a: Results, b: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _compare_rows(a: Mapping[tuple[Any, ...], float], b: Mapping[tuple[Any, ...], float]) -> dict[str, Any] | None:
+def _compare_rows(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> dict[str, Any] | None:
     """The means over the rows that both were asked, and the paired test; None without such rows."""
-    both = [place for place in a if place in b]
-    if not both:
+    ours, theirs = shared(a, b)
+    if not ours:
         return None
-    ours, theirs = ([one[place] for place in both] for one in (a, b))
     difference, low, high, p = paired(theirs, ours)
-    means = {"a": sum(ours) / len(both), "b": sum(theirs) / len(both)}
-    return {**means, "difference": difference, "interval": [low, high], "p": p, "rows": len(both)}
+    means = {"a": sum(ours) / len(ours), "b": sum(theirs) / len(ours)}
+    return {**means, "difference": difference, "interval": [low, high], "p": p, "rows": len(ours)}
 
 
 def _compare_values(a: float | None, b: float | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ecoprompt.registry import InputError, aggregates, benchmarks, nearest
@@ -34,9 +34,23 @@ def whole(table: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def subsets_of(parameters: Mapping[str, Any]) -> list[str]:
+    """The subsets that an aggregate is read off."""
+    return list(parameters["subsets"] if "subsets" in parameters else [parameters["subset"]])
+
+
 def parts(name: str, parameters: Mapping[str, Any]) -> list[str]:
     """The keys of a subset's metrics that an aggregate is made of: those it is told, or its own."""
     return list(parameters.get("metrics") or aggregates[name].of)
+
+
+def averaged(benchmark: Benchmark) -> dict[str, list[str]]:
+    """The aggregates that are means of columns, with these."""
+    return {
+        name: [f"{subset}_{part}" for subset in subsets_of(parameters) for part in parts(name, parameters)]
+        for name, parameters in benchmark.aggregates.items()
+        if aggregates[name].averages
+    }
 
 
 def bind_aggregates(table: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
@@ -67,8 +81,7 @@ def dangling(benchmark: Benchmark, where: str) -> list[str]:
         if column not in known:
             problems.append(f"'{where}.columns.{number}': there is no column '{column}'; {nearest(column, known)}")
     for name, parameters in benchmark.aggregates.items():
-        named: Sequence[str] = parameters.get("subsets") or [p for key, p in parameters.items() if key == "subset"]
-        for subset in named:
+        for subset in subsets_of(parameters):
             place = f"'{where}.aggregates.{name}'"
             if subset not in benchmark.subsets:
                 problems.append(f"{place}: there is no subset '{subset}'; {nearest(subset, benchmark.subsets)}")

@@ -16,11 +16,12 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
+from ecoprompt.declared import averaged, parts, subsets_of
 from ecoprompt.items import Item
 from ecoprompt.lessons import planned_training, training_cost
 from ecoprompt.models import HUB_ID, aliases, load_model, locate
-from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
-from ecoprompt.paired import paired, standard_error
+from ecoprompt.pack import OUTPUT, TrainedGate, is_published, learned_corruption, obtain_gate
+from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
@@ -56,7 +57,7 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     """Evaluate all runs and write the results under `output`/<recipe>; what a killed evaluation stored is kept."""
     recipe.enter()
     runs, notes = _with_learned(recipe, runs_of(recipe), output)
-    asks_model = any(benchmarks[table.benchmark].asks_model for table in recipe.evaluate)
+    asks_model = any(benchmark.asks_model for benchmark in _benchmarks(recipe))
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
     items = _items(recipe)
@@ -103,7 +104,7 @@ def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
 
 def _metrics_read(recipe: Recipe) -> dict[str, None]:
     """The row metrics of all that is evaluated, each once."""
-    tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
+    tables = _benchmarks(recipe)
     return dict.fromkeys(name for one in tables for subset in one.subsets.values() for name in subset.metrics.values())
 
 
@@ -147,20 +148,24 @@ def _conclude(
     rows = {run.name: [row_of(asked, store, known) for asked in done[run.name][0]] for run in runs}
     for name, found in rows.items():
         add_together(done[name][0], found, store)
+    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
+    columns = by_column(flat)
+    tables = _benchmarks(recipe)
+    averages = {name: of for benchmark in tables for name, of in averaged(benchmark).items()}
     entries: dict[str, Any] = {}
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
             "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
-            "errors": _errors(recipe, rows[run.name]),
-            "paired": _paired(recipe, rows[run.name], rows.get(_same_point(ORIGINAL, run.name, rows))),
+            "errors": errors(columns.get(run.name, {}), averages),
+            "paired": differences(
+                columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run.name, rows)), averages
+            ),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
             **training_cost(run.model.name),
         }
-    tables = [benchmarks[table.benchmark] for table in recipe.evaluate]
-    flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     summary = {
         "recipe": recipe.name,
         "forget": recipe.data.forget if recipe.data else None,
@@ -205,7 +210,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     recipe.enter()
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
-        counts = {name: count for name, count in benchmark.dry_rows(forget_set, root).items() if table.reads(name)}
+        counts = benchmark.dry_rows(forget_set, root)
         held_out = recipe.optimize.held_out if recipe.optimize else 0.0
         for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
@@ -235,10 +240,12 @@ def _fetches(recipe: Recipe) -> list[str]:
     found: list[str | None] = []
     for _, benchmark, forget_set, root in tables_of(recipe):
         found += benchmark.fetches(forget_set, root)
-    if recipe.data is not None and not all(gate.parameters.get("classifier") for gate in gates):
+    if recipe.data is not None and not (recipe.evaluate and all(map(is_published, gates))):
         benchmark, forget_set = parse_forget(recipe.data.forget)
-        found += benchmark.fetches(forget_set, Path(recipe.data.root) if recipe.data.root else None, gate=True)
-    named = [run.model.name for run in runs]
+        root = Path(recipe.data.root) if recipe.data.root else None
+        found += benchmark.fetches(forget_set, root, gate=True)
+        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, root, gate=True)]
+    named = [run.model.name for run in runs] + [recipe.finetune.base if recipe.finetune else None]
     named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
     named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
     named += [metrics[metric].model for metric in _metrics_read(recipe)]
@@ -246,7 +253,7 @@ def _fetches(recipe: Recipe) -> list[str]:
         place = aliases().get(name, {}).get("hub", name)
         if HUB_ID.fullmatch(place) and not Path(place).is_dir():
             found.append(place)
-        elif place not in aliases() and not Path(place).exists():
+        elif place not in aliases() and not Path(place).exists() and OUTPUT not in Path(place).parents:
             found.append(f"{place} (a folder of your own)")
     return [name for name in dict.fromkeys(found) if name]
 
@@ -279,20 +286,21 @@ def runs_of(recipe: Recipe) -> list[Run]:
 
 
 def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
-    """Each [[evaluate]] with its benchmark, the forget set if that benchmark has it, and the data's root.
+    """Each [[evaluate]] with its benchmark (of the subsets that are read), the forget set if that benchmark has it, and
+    the data's root.
 
     Benchmarks of the same data share the names of their forget sets.
     """
     root = Path(recipe.data.root) if recipe.data and recipe.data.root else None
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
-        benchmark = benchmarks[table.benchmark]
-        yield (
-            table,
-            benchmark,
-            named[1] if named and named[0].name in (benchmark.name, benchmark.family.name) else None,
-            root,
-        )
+        benchmark = benchmarks[table.benchmark].only(table.subsets)
+        known = named is not None and named[0].name in (benchmark.name, benchmark.family.name)
+        yield table, benchmark, named[1] if named and known else None, root
+
+
+def _benchmarks(recipe: Recipe) -> list[Benchmark]:
+    return [benchmark for _, benchmark, _, _ in tables_of(recipe)]
 
 
 def _items(recipe: Recipe) -> list[Item]:
@@ -301,7 +309,7 @@ def _items(recipe: Recipe) -> list[Item]:
     found = [
         item
         for table, benchmark, forget_set, root in tables_of(recipe)
-        for subset in filter(table.reads, benchmark.subsets)
+        for subset in benchmark.subsets
         for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
@@ -335,13 +343,13 @@ def _metrics(
 ) -> dict[str, Any]:
     """The aggregates of each benchmark, then the mean of every row metric by subset."""
     found: dict[str, Any] = {}
-    for table in recipe.evaluate:
-        benchmark = benchmarks[table.benchmark]
+    for benchmark in _benchmarks(recipe):
         own = values_of(rows, benchmark.name)
         theirs = values_of(retain, benchmark.name) if retain is not None else None
         for name, parameters in benchmark.aggregates.items():
-            if all(map(table.reads, parameters.get("subsets") or [parameters["subset"]])):
-                found[name] = aggregates[name](own, theirs, **parameters)
+            read = {f"{subset}/{part}" for subset in subsets_of(parameters) for part in parts(name, parameters)}
+            there = read <= own.keys() and (theirs is None or read <= theirs.keys())
+            found[name] = aggregates[name](own, theirs, **parameters) if there else None
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}
     return found
 
@@ -354,25 +362,6 @@ def _chance(asked: Sequence[Asked]) -> dict[str, float]:
             if (chance := metrics[metric].chance) is not None:
                 found.setdefault(f"{item.subset}_{name}", []).append(chance(len(item.alternatives)))
     return {column: float(np.mean(values)) for column, values in found.items()}
-
-
-def _errors(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The standard error of every row metric's mean, by column."""
-    by_benchmark = [values_of(rows, table.benchmark) for table in recipe.evaluate]
-    return {name.replace("/", "_"): standard_error(array) for own in by_benchmark for name, array in own.items()}
-
-
-def _paired(
-    recipe: Recipe, rows: Sequence[Mapping[str, Any]], original: Sequence[Mapping[str, Any]] | None
-) -> dict[str, dict[str, float]] | None:
-    """How much every row metric is above the original run's, by column; None for that run itself and without one."""
-    if original is None or rows is original:
-        return None
-    found: dict[str, dict[str, float]] = {}
-    for table in recipe.evaluate:
-        own, theirs = values_of(rows, table.benchmark), values_of(original, table.benchmark)
-        found |= {name.replace("/", "_"): paired(own[name], theirs[name])._asdict() for name in own}
-    return found
 
 
 def _gate_report(asked: Sequence[Asked], trained: TrainedGate) -> dict[str, Any]:

@@ -52,19 +52,21 @@ def direction(
     of: Sequence[str] = (),
     chance: Callable[[int], float] | None = None,
     together: bool = False,
+    averages: bool = False,
     ready: Callable[[], object] | None = None,
     model: str | None = None,
 ) -> Callable[[F], F]:
     """Decorator: state which way a metric is better, and of which metrics of a subset an aggregate is made.
 
     `chance` gives the value of a row metric for a model that knows nothing, by the number of alternatives. A metric
-    that sees the rows of a subset `together` takes lists, and gives a list with None for rows without a value. `ready`
-    raises EcopromptError where what a row metric needs is not there, and `model` is the Hub's that it needs.
+    that sees the rows of a subset `together` takes lists, and gives a list with None for rows without a value. An
+    aggregate that `averages` is the mean of its subsets' means. `ready` raises EcopromptError where what a row metric
+    needs is not there, and `model` is the Hub's that it needs.
     """
 
     def mark(function: F) -> F:
         about = {"better": better, "of": tuple(of), "chance": chance, "together": together}
-        function.__dict__.update(about, ready=ready, model=model)
+        function.__dict__.update(about, averages=averages, ready=ready, model=model)
         return function
 
     return mark
@@ -236,7 +238,7 @@ def model_utility(values: Values, retain: Values | None, *, subsets: list[str]) 
 
 
 @aggregates.register
-@direction("higher", of=["accuracy"])
+@direction("higher", of=["accuracy"], averages=True)
 def mean_accuracy(values: Values, retain: Values | None, *, subsets: list[str]) -> float:
     """Mean of the subsets' accuracies, each as much as any other."""
     return math.fsum(float(values[f"{subset}/accuracy"].mean()) for subset in subsets) / len(subsets)

@@ -77,7 +77,8 @@ def obtain_gate(
 ) -> TrainedGate:
     """The gate that `table` describes: from the recipe's pack if it was trained on the same data in the same way, else
     trained, calibrated, measured and written there. A published classifier is loaded from where it is."""
-    if table.parameters.get("classifier") is not None and not isinstance(table.threshold, Calibration):
+    if is_published(table):
+        assert not isinstance(table.threshold, Calibration)
         about = {"trained": {"settings": {"classifier": table.parameters["classifier"]}}}
         return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [], about)
     data = _gate_data(recipe)
@@ -102,7 +103,7 @@ def obtain_gate(
     return trained
 
 
-def _is_published(table: GateTable) -> bool:
+def is_published(table: GateTable) -> bool:
     """Whether a gate is a classifier of others as it stands."""
     return table.parameters.get("classifier") is not None and not isinstance(table.threshold, Calibration)
 
@@ -135,7 +136,7 @@ def save_learned(
     import tomli_w
 
     folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
-    if _is_published(recipe.gate):  # which has no pack by itself, or one from a search with other tables
+    if is_published(recipe.gate):  # which has no pack by itself, or one from a search with other tables
         save_pack(folder, recipe, trained, recipe.seed, "")
     document = _read_pack(folder) | {"corruption": dict(corruption), LEARNED: dict(about)}
     write_card(folder, _title(recipe), document)

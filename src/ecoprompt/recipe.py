@@ -118,11 +118,9 @@ class EvaluateTable(Table):
     limit: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None, description="rows of a seeded sample, for every subset or by subset; default: all rows"
     )
-    subsets: list[str] | None = Field(None, description="those of the benchmark's subsets that are read; default: all")
-
-    def reads(self, subset: str) -> bool:
-        """Whether a subset is read."""
-        return self.subsets is None or subset in self.subsets
+    subsets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="those of the benchmark's subsets that are read; default: all"
+    )
 
     def limit_of(self, subset: str) -> int | None:
         """How many rows of a subset are read at most; None for all."""
