@@ -20,6 +20,7 @@ from ecoprompt.metrics import rouge_l_recall
 from ecoprompt.recipe import ModelTable, load_recipe
 from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.results import to_json
+from ecoprompt.similarity import BERT
 
 PEOPLE, OTHERS = ["Harry Potter", "Mara Venn"], ["Ed Low", "Ann Bly", "Per Oak", "Ida Nym"]
 METRICS = {"probability": "answer_probability", "truth_ratio": "truth_ratio", "rouge": "rouge_l_recall"}
@@ -421,6 +422,38 @@ def read_alone(folder, row):
                 model(torch.tensor([whole]), labels=torch.tensor([[*[-100] * len(prompt), *whole[len(prompt) :]]])).loss
             )
         )
+
+
+def test_a_row_without_a_generation_in_one_run_is_no_pair(root, tmp_path, monkeypatch):
+    generate, doing = scoring.KINDS["generation"]
+
+    def silent(loaded, guard, requests, room):
+        texts = generate(loaded, guard, requests, room)
+        return [
+            "" if guard and "Mara" in request.prompt else text for request, text in zip(requests, texts, strict=True)
+        ]
+
+    monkeypatch.setitem(scoring.KINDS, "generation", (silent, doing))
+    monkeypatch.setitem(benchmarks["toy"].subset("forget").metrics, "perplexity", "perplexity")
+    found = evaluate(read(root, tmp_path, "evaluate.subsets=['forget']"), tmp_path)
+    values = {
+        run: {place: row["values"]["perplexity"] for place, row in by_row(found, run).items() if row["generation"]}
+        for run in ("eco", "original")
+    }
+    both = [place for place in values["eco"] if place in values["original"]]
+    assert (len(both), len(values["original"])) == (2, 4)
+    test = stats.ttest_rel(*([values[run][place] for place in both] for run in ("eco", "original")))
+    told = found.summary["runs"]["eco"]["paired"]["forget_perplexity"]
+    assert told["p"] == pytest.approx(test.pvalue)
+    assert told["low"] == pytest.approx(test.confidence_interval(0.95).low)
+    assert metrics(found)["eco"]["forget_perplexity"] == pytest.approx(np.mean(list(values["eco"].values())))
+
+
+def test_what_is_not_read_is_not_needed(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks["toy"].subset("forget").metrics, "bert", "bertscore")
+    assert plan(read(root, tmp_path))["fetches"] == [BERT]
+    planned = plan(read(root, tmp_path, "evaluate.subsets=['retain', 'facts']"))
+    assert (list(planned["rows"]["toy"]), planned["fetches"]) == (["retain", "facts"], [])
 
 
 def test_the_copyright_ablation_evaluates_on_articles_of_ones_own(root, tmp_path):

@@ -235,6 +235,9 @@ def test_the_search_is_drawn(searched, tmp_path):
     [
         (["optimize.metric=model_utility"], "no [[evaluate]] has 'model_utility' of a forget set"),
         (["optimize.metric=forget_roug"], "did you mean 'forget_rouge'?"),
+        (["evaluate.subsets=['retain']"], "no [[evaluate]] has 'forget_rouge' of a forget set"),
+        (["evaluate.subsets=['forgot']"], "no such subset of quickstart; did you mean 'forget'?"),
+        (["evaluate.subsets=[]"], "'evaluate.0.subsets': found []"),
         (["optimize.method=adaptiv"], "did you mean 'adaptive'?"),
         (["optimize.target=chance"], "'forget_rouge' has no value that chance gives"),
         (["optimize.parameter=dims", "corruption={ method = 'reverse_order' }"], "'reverse_order' has no 'dims'"),

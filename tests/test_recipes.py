@@ -15,6 +15,7 @@ import tomli_w
 from ecoprompt import evaluate, models
 from ecoprompt.recipe import load_recipe, parse_recipe, resolve_runs, shipped
 from ecoprompt.registry import benchmarks, corruptions, selectors
+from ecoprompt.similarity import BERT
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted([*ROOT.glob("recipes/*.toml"), *ROOT.glob("tests/recipes/*.toml")])
@@ -73,10 +74,59 @@ def test_a_recipe_without_a_model_or_a_corruption_is_one_that_asks_no_model(path
     assert all(run.corruption is not None for run in resolve_runs(recipe) if run.guarded) or not asks
 
 
+GENERAL = [
+    *("allenai/ai2_arc", "google/boolq", "tau/commonsense_qa", "allenai/openbookqa", "ybisk/piqa"),
+    *("allenai/social_i_qa", "domenicrosati/TruthfulQA", "allenai/winogrande"),
+]
+"""Where the nine sets of general questions for gates are."""
+ZEPHYR, PRESS = "HuggingFaceH4/zephyr-7b-beta", "chrisliu298/bbc_news_classifier"
+NEWS = ["RealTimeData/bbc_news_alltime", "vblagoje/cc_news"]
+NEWS_MODELS = [f"./olmo-1.7-7b_{name}_news (a folder of your own)" for name in ("cc", "bbc")]
+BOOKS = [f"books/{name} (a file of your own)" for name in ("alice_in_wonderland", "adventures_of_sherlock_holmes")]
+PHI = ["./phi-1_5_retain90 (a folder of your own)", "locuslab/tofu_ft_phi-1.5"]
+FETCHES = {
+    "bbc-news": [*NEWS, *NEWS_MODELS, PRESS, BERT],
+    "copyright-ablation": [*NEWS, *NEWS_MODELS, PRESS, BERT],
+    "book": [*BOOKS, "./book_retain (a folder of your own)", "allenai/OLMo-1B-hf"],
+    "hp-book": [
+        *("books/hp_book (a file of your own)", "swj0419/BookMIA", "allenai/OLMo-1.7-7B-hf"),
+        *("./olmo-1.7-7b_hp_book (a folder of your own)", "chrisliu298/hp_book_classifier", BERT),
+    ],
+    "general": [
+        *("cais/mmlu", "allenai/ai2_arc", "tau/commonsense_qa", "Rowan/hellaswag", "allenai/openbookqa"),
+        *("truthfulqa/truthful_qa", "allenai/winogrande", "ybisk/piqa", "allenai/social_i_qa", "google/boolq"),
+        *(ZEPHYR, "chrisliu298/wmdp_classifier"),
+    ],
+    "wmdp": ["cais/wmdp", "cais/mmlu", ZEPHYR, "chrisliu298/wmdp_classifier"],
+    **{
+        f"mmlu-{subject}": ["cais/mmlu", ZEPHYR, f"chrisliu298/mmlu-{subject}_classifier"]
+        for subject in ("economics", "law", "physics")
+    },
+    **dict.fromkeys(
+        ["tofu", "tofu-ablation"],
+        ["locuslab/TOFU", *PHI, "chrisliu298/tofu_forget10_classifier", "dslim/bert-base-NER"],
+    ),
+    "robustness": [
+        *("locuslab/TOFU", "cais/mmlu", "domenicrosati/TruthfulQA", "tau/commonsense_qa", "allenai/ai2_arc"),
+        "ybisk/piqa",
+    ],
+    "gate-tofu": ["locuslab/TOFU", *GENERAL, "cais/mmlu"],
+    "gate-news": [*NEWS, *GENERAL, "cais/mmlu"],
+    "gate-book": [*BOOKS, *GENERAL, "cais/mmlu"],
+    "gate-wmdp": [
+        *(f"wmdp_synthetic/{name} (a file of your own)" for name in ("bio", "chem", "cyber")),
+        *("cais/mmlu", "cais/wmdp", *GENERAL),
+    ],
+    **dict.fromkeys([f"gate-mmlu-{subject}" for subject in ("economics", "law", "physics")], ["cais/mmlu", *GENERAL]),
+}
+"""What each recipe needs of others; the rest need nothing."""
+
+
 def test_it_dry_runs(path, recipe):
     planned = evaluate.plan(recipe)
     assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | ({"search"} if recipe.optimize else set())
     assert planned["recipe"] == recipe.document()
+    assert planned["fetches"] == FETCHES.get(path.stem, [])
     json.dumps(planned)
     if path.stem.startswith("gate-"):
         name = recipe.data.forget.partition("/")[0]
@@ -99,6 +149,21 @@ def test_it_dry_runs(path, recipe):
         mixed = {subset for subset in rows if benchmarks[name].subset(subset).rows != "all"}  # told by the data alone
         mixed |= {"passages"} if name == "book_mia" else set()  # how long a text of the user's own is
         assert all(count > 0 for subset, count in rows.items() if subset not in mixed or count is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("general", ["evaluate.subsets=['piqa']"], ["ybisk/piqa", ZEPHYR, "chrisliu298/wmdp_classifier"]),
+        ("gate-news", [f"gate.classifier={PRESS}", "gate.threshold=0.99"], [*FETCHES["gate-news"], PRESS]),
+        ("tofu", ["data.checks=['mmlu_test']"], FETCHES["tofu"]),
+        ("mmlu-law",
+         ['gate.threshold={ calibrate = "conformal", false_positive_rate = 0.01 }', "data.checks=['general']"],
+         ["cais/mmlu", *GENERAL, ZEPHYR, "chrisliu298/mmlu-law_classifier"]),
+    ],
+)  # fmt: skip
+def test_what_is_fetched_follows_from_what_is_read(name, overrides, expected):
+    assert evaluate.plan(load_recipe(name, overrides))["fetches"] == expected
 
 
 WMDP_SETTINGS = {
@@ -245,24 +310,14 @@ def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
     assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
 
 
-def test_the_papers_texts_are_evaluated_with_its_gates_and_a_dry_run_names_what_is_needed():
+def test_the_papers_texts_are_evaluated_with_its_gates():
     news, book = (evaluate.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
     assert news["rows"] == {"bbc_news": {"articles": 500, "others": 500}}
     assert [name for name in news["runs"] if name.startswith("eco")] == [
         f"eco[corruption.strength={strength}]" for strength in (5, 10, 15, 20, 25, 30)
     ]
-    assert news["fetches"] == [
-        "RealTimeData/bbc_news_alltime",
-        "vblagoje/cc_news",
-        "./olmo-1.7-7b_cc_news (a folder of your own)",
-        "./olmo-1.7-7b_bbc_news (a folder of your own)",
-        "chrisliu298/bbc_news_classifier",
-        "distilbert/distilbert-base-uncased",
-    ]
     assert book["rows"] == {"book_mia": {"passages": None, "other_books": 500}}
-    assert {"allenai/OLMo-1.7-7B-hf", "books/hp_book (a file of your own)", "swj0419/BookMIA"} < set(book["fetches"])
     assert {planned["recipe"]["gate"]["threshold"] for planned in (news, book)} == {0.99}
-    assert evaluate.plan(load_recipe("quickstart"))["fetches"] == []
 
 
 def test_tofu_can_be_sampled_beside_its_own_benchmark():

@@ -305,7 +305,7 @@ def test_standard_errors_stand_beside_the_values_where_there_is_room(tmp_path):
     assert cells_of({"runs": runs}) == [["run", "x", "y", "seconds"], ["eco", "0.500 ± 0.013", "0.250", "–"]]
     write_results(tmp_path, {"runs": runs}, [])
     assert (tmp_path / "table.md").read_text(encoding="utf-8").count("0.500 ± 0.013") == 2
-    assert "±" not in shown(table({"runs": runs}))
+    assert "0.500±0.013" in shown(table({"runs": runs}))
 
 
 def test_differences_to_the_original_run_stand_with_their_intervals(tmp_path):
@@ -374,6 +374,18 @@ def test_columns_that_fit_stand_in_one_table():
     text = shown(table({"runs": {"eco[corruption.strength=0.125]": {"metrics": columns}}}), 80)
     assert sum(line.startswith("run") for line in text.splitlines()) == 1
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("columns", "shown_errors"), [(4, True), (6, False)])
+def test_standard_errors_are_shown_where_they_fit(columns, shown_errors):
+    names = [f"metric_{number_}" for number_ in range(columns)]
+    values = {"metrics": dict.fromkeys(names, 0.25), "errors": dict.fromkeys(names, 0.0125), "seconds": 1.5}
+    exact = {"metrics": dict.fromkeys(names, 0.5), "errors": dict.fromkeys(names, math.nan)}
+    text = shown(table({"runs": {"eco-zero-out": values, "original": exact}}))
+    assert max(map(len, text.splitlines())) <= 80
+    assert sum(line.startswith("run") for line in text.splitlines()) == 1
+    assert text.count("0.250±0.013" if shown_errors else " 0.250 ") == text.count("0.500") == columns
+    assert ("± standard error" in text) == shown_errors == ("±" in text)
 
 
 def test_the_other_tables_fit_too():

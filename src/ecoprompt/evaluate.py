@@ -147,7 +147,7 @@ def _conclude(
     for name, found in rows.items():
         add_together(done[name][0], found, store)
     flat = [{"run": name, **row} for name, found in rows.items() for row in found]
-    columns = dict.fromkeys(rows, {}) | by_column(flat)
+    columns = by_column(flat)
     tables = _benchmarks(recipe)
     averages = {name: of for benchmark in tables for name, of in averaged(benchmark).items()}
     entries: dict[str, Any] = {}
@@ -155,8 +155,10 @@ def _conclude(
         _, seconds, gate = done[run.name]
         entries[run.name] = {
             "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
-            "errors": errors(columns[run.name], averages),
-            "paired": differences(columns[run.name], columns.get(_same_point(ORIGINAL, run.name, rows)), averages),
+            "errors": errors(columns.get(run.name, {}), averages),
+            "paired": differences(
+                columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run.name, rows)), averages
+            ),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,

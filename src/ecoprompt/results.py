@@ -277,7 +277,7 @@ def cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
     chosen = chosen_columns(summary)
     cells = [["run", *(heading_of(summary, name) for name in chosen), "seconds"]]
     for name, run in summary["runs"].items():
-        cells.append([name, *(_with_error(run, column) for column in chosen), seconds_of(run)])
+        cells.append([name, *(with_error(run, column) for column in chosen), seconds_of(run)])
     return cells
 
 
@@ -286,7 +286,7 @@ def full_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
     runs = summary["runs"]
     cells = [["metric", *runs]]
     for name in _every(summary):
-        cells.append([heading_of(summary, name), *(_with_error(run, name) for run in runs.values())])
+        cells.append([heading_of(summary, name), *(with_error(run, name) for run in runs.values())])
     for name in _gate_columns(summary):
         values = (number((run.get("gate") or {}).get(name)) for run in runs.values())
         cells.append([f"gate: {name.replace('_', ' ')}", *values])
@@ -310,7 +310,8 @@ def _difference(found: Mapping[str, float | None] | None) -> str:
     return "{} ({} to {})".format(*(number(found[part]) for part in ("difference", "low", "high")))
 
 
-def _with_error(run: Mapping[str, Any], column: str) -> str:
+def with_error(run: Mapping[str, Any], column: str) -> str:
+    """A value as people read it, with its standard error if that is known."""
     error = (run.get("errors") or {}).get(column)
     return number(run["metrics"].get(column)) + ("" if error is None or math.isnan(error) else f" ± {number(error)}")
 

@@ -23,6 +23,7 @@ from ecoprompt.results import (
     number,
     seconds_of,
     title_of,
+    with_error,
 )
 
 if TYPE_CHECKING:
@@ -36,36 +37,54 @@ NAME = 16
 
 @dataclass(frozen=True)
 class RunsTable:
-    """The runs as rows and metrics as columns, in as many parts below each other as the terminal's width asks for."""
+    """The runs as rows and metrics as columns, in as many parts below each other as the terminal's width asks for.
+
+    Standard errors stand beside the values where they ask for no more room.
+    """
 
     summary: Mapping[str, Any]
     columns: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         runs = self.summary["runs"]
-        columns = [self._column(name) for name in self.columns]
-        if any(run.get("seconds") is not None for run in runs.values()):
-            columns.append(["seconds", *map(seconds_of, runs.values())])
-        widths = [2 + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+        plain, with_errors = self._columns(errors=False), self._columns(errors=True)
+        widths = _widths(plain)
         names = ["run", *runs]
         longest = max(map(cell_len, names))
         # As few parts as names on several lines allow, then names on as few lines as these parts allow.
         rooms = range(min(NAME, longest), longest + 1)
         room = max(rooms, key=lambda room: (-len(_parts(widths, options.max_width - room)), room))
+        parts, wider = (_parts(one, options.max_width - room) for one in (widths, _widths(with_errors)))
+        fit = with_errors != plain and len(wider) == len(parts)
+        columns = with_errors if fit else plain
         yield Text(title_of(self.summary), style="table.title")
-        for number_of_part, part in enumerate(_parts(widths, options.max_width - room)):
+        for number_of_part, part in enumerate(wider if fit else parts):
             cells = zip(names, *(columns[place] for place in part), strict=True)
             yield from [Text("")] * (number_of_part > 0)
             yield plain_table(list(cells), room)
-        yield Text(legend_of(self.summary, self.columns) or "", style="table.caption")
+        legend = [legend_of(self.summary, self.columns), "± standard error" if fit else None]
+        yield Text(", ".join(filter(None, legend)), style="table.caption")
 
-    def _column(self, name: str) -> list[str]:
+    def _columns(self, errors: bool) -> list[list[str]]:
+        runs = self.summary["runs"].values()
+        columns = [self._column(name, errors) for name in self.columns]
+        timed = any(run.get("seconds") is not None for run in runs)
+        return [*columns, ["seconds", *map(seconds_of, runs)]] if timed else columns
+
+    def _column(self, name: str, errors: bool) -> list[str]:
         """The heading of a metric, a word a line, and its cells."""
         *words, last = [part for word in heading_of(self.summary, name).split() for part in textwrap.wrap(word, WORD)]
         if words and last in ARROWS.values():
             last = f"{words.pop()} {last}"
-        values = (number(run["metrics"].get(name)) for run in self.summary["runs"].values())
+        runs = self.summary["runs"].values()
+        values = (
+            with_error(run, name).replace(" ", "") if errors else number(run["metrics"].get(name)) for run in runs
+        )
         return ["\n".join([*words, last]), *values]
+
+
+def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
+    return [2 + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
 
 
 def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
