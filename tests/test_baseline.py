@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from ecoprompt.baseline import Pairs, baseline, loss_of, read_refusals
 from ecoprompt.cli import app
-from ecoprompt.evaluate import evaluate, plan
+from ecoprompt.evaluate import evaluate
 from ecoprompt.lessons import baseline_table, lessons_of
 from ecoprompt.models import load_model
 from ecoprompt.own import declare_own
+from ecoprompt.planning import plan
 from ecoprompt.recipe import parse_recipe
 from ecoprompt.registry import InputError, methods
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from ecoprompt import scoring
 from ecoprompt.benchmarks import declare
-from ecoprompt.evaluate import STORE, _tradeoff, evaluate, plan
+from ecoprompt.evaluate import STORE, _missed, _tradeoff, evaluate
 from ecoprompt.metrics import rouge_l_recall
+from ecoprompt.planning import plan
 from ecoprompt.recipe import ModelTable, load_recipe
 from ecoprompt.registry import InputError, benchmarks
 from ecoprompt.results import to_json
@@ -775,3 +776,10 @@ def test_answers_are_checked_and_made_anew(whole, root, tmp_path, monkeypatch, a
         assert {place: row["generation"] for place, row in by_row(checked, "original").items()} == {
             place: row["generation"] for place, row in plain.items()
         }
+
+
+def test_a_gate_that_misses_is_told_of():
+    gates = {"original": None, "eco": {"false_negatives": 2, "forget_prompts": 6}}
+    gates |= {"other": {"false_negatives": 0, "forget_prompts": 6}}
+    summary = {"runs": {name: {"gate": gate} for name, gate in gates.items()}}
+    assert _missed(summary) == ["the gate of eco missed 2 of 6 prompts to forget"]

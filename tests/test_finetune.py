@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ecoprompt.evaluate import plan
 from ecoprompt.finetune import finetune
 from ecoprompt.lessons import Lesson, lessons_of
 from ecoprompt.models import load_model, render
 from ecoprompt.own import declare_own
+from ecoprompt.planning import plan
 from ecoprompt.recipe import ModelTable, parse_recipe
 from ecoprompt.registry import InputError
 from ecoprompt.training import IGNORED, Course, encode_lesson

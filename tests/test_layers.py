@@ -66,6 +66,7 @@ ORDER = (
         "scoring",
         "asking",
         "evaluate",
+        "planning",
         "optimize",
         "training",
         "finetune",
@@ -76,7 +77,7 @@ ORDER = (
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
 `declared`, `card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them,
 `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data,
-`printing` of the commands."""
+`planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -15,10 +15,11 @@ from ecoprompt import recipe as recipes
 from ecoprompt import scoring
 from ecoprompt.cli import app
 from ecoprompt.evaluate import _with_learned as _learned_runs
-from ecoprompt.evaluate import evaluate, plan, runs_of
+from ecoprompt.evaluate import evaluate, runs_of
 from ecoprompt.models import aliases
 from ecoprompt.optimize import Objective, draw, held_out, optimize, search_of
 from ecoprompt.pack import learned_corruption, load_pack, obtain_gate, train_classifier
+from ecoprompt.planning import plan
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import InputError
 from ecoprompt.results import Store

@@ -128,6 +128,7 @@ def test_a_whole_table_is_read_as_in_benchmarks_toml(files: Path) -> None:
             "'benchmark.cats.retian': benchmark 'cats' has no key 'retian'; did you mean 'retain'?",
         ),
         ({"forget": []}, "'benchmark.cats.forget': found [], expected a text or at least 1 of them"),
+        ({"forget": ""}, "'benchmark.cats.forget': found '', expected "),
         ({"max_length": 0}, "'benchmark.cats.max_length': found 0, expected a number of at least 1"),
         ({"prompt": "{{ question"}, "'benchmark.cats.prompt': "),
         ({"metrics": {"rouge": "rogue"}}, "'benchmark.cats.metrics.rouge': there is no metric 'rogue'"),
@@ -182,6 +183,12 @@ def test_nothing_outside_is_read(files: Path, way: str, monkeypatch: pytest.Monk
     forget = next(iter(benchmarks["cats"].forget_sets))
     with pytest.raises(InputError, match="lies outside|expected a path below"):
         benchmarks["cats"].items("forget", forget)
+
+
+def test_a_folder_is_no_file(files: Path) -> None:
+    parse_recipe(tables(forget="."), "own.toml")
+    with pytest.raises(InputError, match="found a folder of this name"):
+        benchmarks["cats"].items("forget", "forget")
 
 
 def test_shipped_names_are_taken() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from ecoprompt import evaluate, models
+from ecoprompt import models, planning
 from ecoprompt.recipe import load_recipe, parse_recipe, resolve_runs, shipped
 from ecoprompt.registry import benchmarks, corruptions, selectors
 from ecoprompt.similarity import BERT
@@ -130,7 +130,7 @@ FETCHES = {
 
 
 def test_it_dry_runs(path, recipe):
-    planned = evaluate.plan(recipe)
+    planned = planning.plan(recipe)
     tables = {"search": recipe.optimize, "finetune": recipe.finetune, "baseline": recipe.baseline}
     told = {name for name, table in tables.items() if table}
     assert set(planned) == {"recipe", "runs", "rows", "fetches", "devices"} | told
@@ -172,7 +172,7 @@ def test_it_dry_runs(path, recipe):
     ],
 )  # fmt: skip
 def test_what_is_fetched_follows_from_what_is_read(name, overrides, expected):
-    assert evaluate.plan(load_recipe(name, overrides))["fetches"] == expected
+    assert planning.plan(load_recipe(name, overrides))["fetches"] == expected
 
 
 WMDP_SETTINGS = {
@@ -187,7 +187,7 @@ def test_wmdp_is_the_papers_experiment():
     told = {name: (run.corruption.method, run.corruption.parameters) for name, run in runs.items() if run.guarded}
     assert told == {"eco": ("rand_noise_first_n", {"dims": 1, "strength": 1e6}), **WMDP_SETTINGS}
     assert runs["eco"].gate.threshold == 0.999
-    planned = evaluate.plan(load_recipe("wmdp"))
+    planned = planning.plan(load_recipe("wmdp"))
     assert planned["rows"] == {"wmdp": {"bio": 1273, "chem": 408, "cyber": 1987}, "mmlu_test": {"mmlu": 14042}}
 
 
@@ -199,11 +199,11 @@ def test_mmlu_is_the_papers_experiment(subject, threshold):
     assert {eco.gate.parameters["classifier"]: eco.gate.threshold} == published
     assert eco.gate.threshold == threshold
     assert (eco.corruption.method, eco.corruption.parameters) == ("rand_noise_first_n", {"dims": 1, "strength": 1e6})
-    assert list(evaluate.plan(recipe)["rows"]["mmlu"]) == ["forget", "neighbours", "others"]
+    assert list(planning.plan(recipe)["rows"]["mmlu"]) == ["forget", "neighbours", "others"]
 
 
 def test_general_ability_is_the_papers_eleven_sets():
-    planned = evaluate.plan(load_recipe("general"))
+    planned = planning.plan(load_recipe("general"))
     assert list(planned["rows"]["general_ability"].values()) == [
         *(14042, 2376, 1172, 1221, 10042, 500, 817, 1267, 1838, 1954, 3270)
     ]
@@ -223,7 +223,7 @@ def test_prompts_that_tell_a_model_to_forget_name_what(name):
 
 def test_dry_runs_need_no_torch(tmp_path):
     code = (
-        "import sys, ecoprompt.evaluate as e\nfrom ecoprompt.recipe import load_recipe, shipped\n"
+        "import sys, ecoprompt.planning as e\nfrom ecoprompt.recipe import load_recipe, shipped\n"
         "[e.plan(load_recipe(name)) for name in shipped()]\n"
         "print([m for m in ('torch', 'transformers', 'sklearn', 'spacy', 'datasets') if m in sys.modules])"
     )
@@ -261,7 +261,7 @@ def test_a_gate_recipe_takes_the_papers_gate_and_a_published_one(name):
 
 
 def test_tofu_is_the_papers_experiment():
-    planned = evaluate.plan(load_recipe("tofu"))
+    planned = planning.plan(load_recipe("tofu"))
     # The published sizes: 400 questions in forget10, TOFU's own sample of 300 to retain, 100 real authors, 117 facts.
     assert planned["rows"] == {"tofu": {"forget": 400, "retain": 300, "real_authors": 100, "world_facts": 117}}
     assert planned["recipe"]["gate"]["classifier"] == "chrisliu298/tofu_forget10_classifier"
@@ -302,7 +302,7 @@ def test_an_ablation_serves_another_model_and_other_texts():
     one = load_recipe("tofu-ablation", ['sweep.corruption=[{ method = "zero_out_top_k", dims = "50%" }]'])
     assert [run.name for run in resolve_runs(one)] == ["retain", "original", "eco"]
     news = ["data.forget=wikinews/2019", "evaluate.benchmark=wikinews", "gate={ threshold = 0.99 }"]
-    planned = evaluate.plan(load_recipe("copyright-ablation", news))
+    planned = planning.plan(load_recipe("copyright-ablation", news))
     assert (len(planned["runs"]), list(planned["rows"])) == (54, ["wikinews"])
     assert planned["recipe"]["gate"]["kind"] == "linear"
     own = load_recipe("copyright-ablation", ['gate={ kind = "transformer", threshold = 0.99 }'])
@@ -319,13 +319,13 @@ def test_tofu_serves_the_other_forget_sets_by_set(forget, retain, rows):
         "model.name=llama2",
     ]
     recipe = load_recipe("tofu", overrides)
-    assert evaluate.plan(recipe)["rows"]["tofu"]["forget"] == rows
+    assert planning.plan(recipe)["rows"]["tofu"]["forget"] == rows
     assert benchmarks["tofu"].forget_set(forget).retain == retain
     assert {run.model.name for run in resolve_runs(recipe) if run.guarded} == {"llama2"}
 
 
 def test_the_papers_texts_are_evaluated_with_its_gates():
-    news, book = (evaluate.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
+    news, book = (planning.plan(load_recipe(name)) for name in ("bbc-news", "hp-book"))
     assert news["rows"] == {"bbc_news": {"articles": 500, "others": 500}}
     assert [name for name in news["runs"] if name.startswith("eco")] == [
         f"eco[corruption.strength={strength}]" for strength in (2, 3, 4, 5, 10, 15, 20, 25, 30, 40, 50, 100)
@@ -336,14 +336,14 @@ def test_the_papers_texts_are_evaluated_with_its_gates():
 
 def test_tofu_can_be_sampled_beside_its_own_benchmark():
     recipe = load_recipe("tofu", ["evaluate=[{benchmark='tofu'}, {benchmark='tofu-sampling', limit=100}]"])
-    planned = evaluate.plan(recipe)
+    planned = planning.plan(recipe)
     assert planned["rows"]["tofu"]["forget"] == 400
     assert planned["rows"]["tofu-sampling"] == {"forget": 100}
 
 
 def test_the_repeat_test_is_tofus_recipe_with_another_benchmark():
     swept = 'sweep."corruption.strength"=[1, 5, 10, 15]'
-    planned = evaluate.plan(load_recipe("tofu", ['evaluate=[{ benchmark = "tofu-repeat" }]', swept]))
+    planned = planning.plan(load_recipe("tofu", ['evaluate=[{ benchmark = "tofu-repeat" }]', swept]))
     assert planned["rows"] == {"tofu-repeat": {"repetition": 400, "reply": 400}}
     assert sum(run["guarded"] for run in planned["runs"].values()) == 4
 
@@ -359,7 +359,7 @@ def _commands(path):
 
 def test_the_commands_of_the_paper_dry_run():
     planned = [
-        (name, evaluate.plan(load_recipe(name, given))) for name, given in _commands(ROOT / "docs" / "reproduce.md")
+        (name, planning.plan(load_recipe(name, given))) for name, given in _commands(ROOT / "docs" / "reproduce.md")
     ]
     assert {name for name, _ in planned} >= {"tofu", "wmdp", "general", "bbc-news", "hp-book", *GATES} - PHYSICS_AND_LAW
     asked = {one["recipe"]["name"]: one for _, one in planned}
@@ -380,7 +380,7 @@ def test_another_benchmark_does_not_take_the_place_of_a_recipes_results():
 
 def test_a_sweep_of_the_quick_start_dry_runs():
     recipe = load_recipe("quickstart", ['sweep."corruption.strength"=[1, 5]'])
-    assert list(evaluate.plan(recipe)["runs"]) == [
+    assert list(planning.plan(recipe)["runs"]) == [
         "retain",
         "original",
         "eco[corruption.strength=1]",

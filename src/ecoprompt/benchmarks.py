@@ -212,9 +212,8 @@ class Benchmark(Choosing, Named):
         return any(subset.asks_model for subset in self.subsets.values())
 
     def table_columns(self) -> tuple[str, ...]:
-        """The columns of the table on the terminal: `columns`, else the aggregates and what is read off forget sets."""
-        forgotten = [f"{one.name}_{key}" for one in self.subsets.values() if one.forget for key in one.metrics]
-        return self.columns or (*self.aggregates, *forgotten) or tuple(self.better())
+        """The columns of the table on the terminal: `columns`, else all of them."""
+        return self.columns or tuple(self.better())
 
     def subset_rows(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> list[Row]:
         """All rows of `subset`, with every column that is read of them checked."""

@@ -223,11 +223,13 @@ def _folders(source: Source, root: Path | None) -> list[Path]:
 
 def _file(path: Path) -> Path:
     """`path`, or the first of `path` with a known suffix; raises InputError if there is none."""
-    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)):
+    suffixed = [path.with_name(path.name + suffix) for suffix in SUFFIXES] if path.name else []
+    for candidate in (path, *suffixed):
         if candidate.is_file():
             return candidate
     found = "a folder" if path.is_dir() else "no file"
-    hint = f"it holds {', '.join(sorted(p.name for p in path.iterdir())[:8])}" if path.is_dir() else _neighbour(path)
+    held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else ""
+    hint = f"it holds {held or 'nothing'}" if path.is_dir() else _neighbour(path)
     raise InputError(f"{path}: found {found} of this name, expected a {', '.join(SUFFIXES)} file; {hint}")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import platform
-import shutil
-import subprocess
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -18,9 +16,9 @@ from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rer
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.declared import averaged, parts, subsets_of
 from ecoprompt.items import Item
-from ecoprompt.lessons import planned_training, training_cost
-from ecoprompt.models import HUB_ID, aliases, load_model, locate
-from ecoprompt.pack import OUTPUT, TrainedGate, is_published, learned_corruption, obtain_gate
+from ecoprompt.lessons import training_cost
+from ecoprompt.models import load_model, locate
+from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
@@ -88,12 +86,22 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
         for name, (asked, seconds, report) in done.items():
             done[name] = read_again(reader, asked, store, _named(progress, name)), seconds, report
     found = _conclude(recipe, runs, done, store, folder)
-    return replace(found, notes=notes)
+    return replace(found, notes=[*notes, *_missed(found.summary)])
+
+
+def _missed(summary: Mapping[str, Any]) -> list[str]:
+    """What is to be said of gates that let prompts through which are to be forgotten: these are not guarded."""
+    told: dict[tuple[int, int], str] = {}
+    for run, entry in summary["runs"].items():
+        gate = entry["gate"] or {}
+        if gate.get("false_negatives"):
+            told.setdefault((gate["false_negatives"], gate["forget_prompts"]), run)
+    return [f"the gate of {run} missed {missed} of {asked} prompts to forget" for (missed, asked), run in told.items()]
 
 
 def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
     """Raises EcopromptError where a metric needs what is not there: an extra, a model."""
-    for metric in _metrics_read(recipe):
+    for metric in metrics_read(recipe):
         if metrics[metric].ready is not None:
             metrics[metric].ready()
     if any(map(rereads, items)):
@@ -102,7 +110,7 @@ def _check_ready(recipe: Recipe, items: Sequence[Item]) -> None:
         locate(recipe.model.name)
 
 
-def _metrics_read(recipe: Recipe) -> dict[str, None]:
+def metrics_read(recipe: Recipe) -> dict[str, None]:
     """The row metrics of all that is evaluated, each once."""
     tables = _benchmarks(recipe)
     return dict.fromkeys(name for one in tables for subset in one.subsets.values() for name in subset.metrics.values())
@@ -173,7 +181,7 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "tradeoff": _tradeoff(tables),
-        "better": {name: way for table in tables for name, way in table.better().items()},
+        "better": _better(tables, RETAIN in {run.name.partition("[")[0] for run in runs}),
         "chance": _chance(done[runs[0].name][0]),
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
@@ -195,6 +203,12 @@ def _tradeoff(tables: Sequence[Benchmark]) -> list[str]:
     return first if all(first) else columns[:2]
 
 
+def _better(tables: Sequence[Benchmark], retain: bool) -> dict[str, str]:
+    """Which way each column is better; without a `retain` run there is nothing to be close to."""
+    every = {name: way for table in tables for name, way in table.better().items()}
+    return {name: way for name, way in every.items() if retain or way != "closer to retain"}
+
+
 def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
     """The run called `which` to compare `run` with: of the same point of a sweep, if that changes it too."""
     point = set(run.partition("[")[2].removesuffix("]").split(","))
@@ -205,83 +219,13 @@ def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
     return which
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
-    recipe.enter()
-    rows: dict[str, dict[str, int | None]] = {}
-    for table, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
-        held_out = recipe.optimize.held_out if recipe.optimize else 0.0
-        for name, count in counts.items():
-            if benchmark.subset(name).forget and count is not None:
-                counts[name] = count - round(held_out * count)
-        rows[benchmark.name] = {name: _at_most(count, table.limit_of(name)) for name, count in counts.items()}
-    if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
-        root = Path(recipe.data.root) if recipe.data.root else None
-        benchmark, forget_set = parse_forget(recipe.data.forget)
-        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, root)
-        rows |= {name: benchmarks[name].dry_gate_rows(None, root) for name in recipe.data.checks}
-    return {
-        "recipe": recipe.document(),
-        "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
-        "rows": rows,
-        "fetches": _fetches(recipe),
-        "devices": _devices(),
-        **({"search": _planned_search(recipe)} if recipe.optimize else {}),
-        **planned_training(recipe),
-    }
-
-
-def _fetches(recipe: Recipe) -> list[str]:
-    """What the runs need from the Hub and is not a local file: data sets, models, classifiers; and what is to be put in
-    place by hand. Asks no network."""
-    runs = resolve_runs(recipe)
-    gates = [run.gate for run in runs if run.gate is not None] or [recipe.gate] * (recipe.data is not None)
-    found: list[str | None] = []
-    for _, benchmark, forget_set, root in tables_of(recipe):
-        found += benchmark.fetches(forget_set, root)
-    if recipe.data is not None and not (recipe.evaluate and all(map(is_published, gates))):
-        benchmark, forget_set = parse_forget(recipe.data.forget)
-        root = Path(recipe.data.root) if recipe.data.root else None
-        found += benchmark.fetches(forget_set, root, gate=True)
-        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, root, gate=True)]
-    named = [run.model.name for run in runs] + [recipe.finetune.base if recipe.finetune else None]
-    named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
-    named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
-    named += [metrics[metric].model for metric in _metrics_read(recipe)]
-    for name in filter(None, named):
-        place = aliases().get(name, {}).get("hub", name)
-        if HUB_ID.fullmatch(place) and not Path(place).is_dir():
-            found.append(place)
-        elif place not in aliases() and not Path(place).exists() and OUTPUT not in Path(place).parents:
-            found.append(f"{place} (a folder of your own)")
-    return [name for name in dict.fromkeys(found) if name]
-
-
-def _planned_search(recipe: Recipe) -> dict[str, Any]:
-    """What `optimize` would do: its settings and how many rows it reads."""
-    table = recipe.optimize
-    assert table is not None
-    rows: dict[str, int | None] = {}
-    for entry, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
-        for name in benchmark.forget_columns().get(table.metric, ([], []))[0]:
-            count = counts[name]
-            rows[name] = _at_most(None if count is None else round(table.held_out * count), entry.limit_of(name))
-    named = ("metric", "target", "parameter", "method", "budget")
-    return {name: getattr(table, name) for name in named} | {"rows": rows}
-
-
-def _at_most(count: int | None, limit: int | None) -> int | None:
-    return count if limit is None or count is None else min(count, limit)
-
-
 def runs_of(recipe: Recipe) -> list[Run]:
     """The runs to evaluate; raises InputError for a recipe that has none, or no benchmark."""
     runs = resolve_runs(recipe)
     if not runs or not recipe.evaluate:
         missing = "[run.NAME]" if not runs else "[[evaluate]]"
-        raise InputError(f"{recipe.name}: there is nothing to evaluate: the recipe has no {missing}")
+        trained = f"; `ecoprompt train-classifier {recipe.name}` trains its gate" if recipe.data else ""
+        raise InputError(f"{recipe.name}: there is nothing to evaluate: the recipe has no {missing}{trained}")
     return runs
 
 
@@ -382,12 +326,3 @@ def _hardware() -> dict[str, Any]:
 
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": devices}
-
-
-def _devices() -> str:
-    """The device plan in words, asking no torch."""
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
-        if listed:
-            return f"{len(listed)} GPU(s), bfloat16: {'; '.join(line.partition(' (UUID')[0] for line in listed)}"
-    return f"CPU ({platform.machine()}), float32"

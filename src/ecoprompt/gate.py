@@ -313,7 +313,8 @@ def _positions(model: Any) -> int:
 
 def _trainable(data: TrainingTexts | None) -> TrainingTexts:
     if data is None or not data.positive or not data.negative:
-        raise InputError("training a gate needs prompts to be flagged and prompts to be let through")
+        needed = "prompts to be flagged and prompts to be let through"
+        raise InputError(f"training a gate needs {needed}; what is both is to be flagged")
     return data
 
 

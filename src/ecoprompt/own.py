@@ -19,7 +19,8 @@ NAME = re.compile(r"[\w-]+")
 _declared: set[str] = set()
 
 
-Files = str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+FileName = Annotated[str, Field(min_length=1)]
+Files = FileName | Annotated[tuple[FileName, ...], Field(strict=False, min_length=1)]
 
 
 class OwnBenchmark(Table):

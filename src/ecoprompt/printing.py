@@ -56,7 +56,7 @@ def print_trained(made: Mapping[Path, dict[str, Any]], json: bool) -> None:
 
 def print_plan(recipe: Recipe, json: bool) -> None:
     """What would run: the recipe with its defaults, its runs, rows, what comes from the Hub, and devices."""
-    from ecoprompt.evaluate import plan
+    from ecoprompt.planning import plan
 
     planned = plan(recipe)
     if json:

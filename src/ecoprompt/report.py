@@ -47,7 +47,7 @@ def said(row: Mapping[str, Any]) -> str:
     """What a run answered and, where it is known, what its corrupted tokens look like; without an answer the values of
     the row's metrics."""
     if "generation" in row:
-        nearest = ", ".join(f"{own.strip()} → {near.strip()}" for own, near in row.get("nearest", ()))
+        nearest = ", ".join(f"{own.strip()} → {near.strip()}" for own, near in row.get("nearest", ()) if own != near)
         return (row["generation"].strip() or "(nothing)") + (f"\n(nearest tokens: {nearest})" if nearest else "")
     return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in row["values"].items())
 
