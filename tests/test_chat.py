@@ -125,7 +125,7 @@ def test_jsonl_carries_what_stands_beside_the_prompt(folder: Path) -> None:
     [
         (b"not json", "found text that is not JSON (expecting value at column 1), expected an object"),
         (b"[1, 2]", "found [1, 2], expected an object with a text under 'prompt'"),
-        (b'{"promt": "x"}', "found no key 'prompt'; did you mean 'promt'?"),
+        (b'{"promt": "x"}', "found no key 'prompt' among 'promt'"),
         (b'{"prompt": 3}', "'prompt': found 3, expected a text"),
         (b'{"prompt": "\\ud800"}', "found JSON that cannot be read"),
         (b"[" * 100_000, "found JSON that cannot be read"),

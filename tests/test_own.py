@@ -60,6 +60,12 @@ def problems(**benchmark: Any) -> str:
     return "\n".join(raised.value.problems)
 
 
+def test_case_does_not_matter_in_a_suffix(files: Path) -> None:
+    (files / "rows.csv").rename(files / "ROWS.CSV")
+    parse_recipe(tables(forget="ROWS.CSV"), "own.toml")
+    assert len(benchmarks["cats"].items("forget", "forget")) == len(ROWS)
+
+
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
 def test_rows_of_every_kind_are_asked_and_train_the_gate(files: Path, kind: str) -> None:
     recipe = parse_recipe(tables(forget=f"rows.{kind}"), str(files / "own.toml"))

@@ -285,7 +285,7 @@ def _record(raw: bytes, jsonl: bool) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise InputError(f"found {_short(record)}, expected an object with a text under 'prompt'")
     if "prompt" not in record:
-        raise InputError(f"found no key 'prompt'; {nearest('prompt', record)}")
+        raise InputError(f"found no key 'prompt' among {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(record["prompt"], str):
         raise InputError(f"'prompt': found {_short(record['prompt'])}, expected a text")
     return record

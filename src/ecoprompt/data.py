@@ -236,10 +236,10 @@ def _file(path: Path) -> Path:
 def _read(path: Path) -> Rows:
     kinds = (_read_json_lines, _read_json, _read_csv, _read_parquet, _read_text)
     readers = dict(zip(SUFFIXES, kinds, strict=True))
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise InputError(f"{path}: found a file of an unknown kind, expected {', '.join(SUFFIXES)}")
     try:
-        rows = readers[path.suffix](path)
+        rows = readers[path.suffix.lower()](path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not rows:

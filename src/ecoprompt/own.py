@@ -75,12 +75,12 @@ class OwnBenchmark(Table):
         return {name: lessons[name] for name in ("config", "prompt", "answer")} | {"metrics": self.metrics}
 
     def _lessons(self, file: str) -> dict[str, Any]:
-        text = file.endswith(TEXT_FILE)
+        text = file.lower().endswith(TEXT_FILE)
         prompt, answer = ("{{ first_sentence }}", "rest") if text else (self.prompt, self.answer)
         return {"config": file, "prompt": prompt, "answer": answer, "plain": text}
 
     def _texts(self, file: str) -> list[dict[str, Any]]:
-        if file.endswith(TEXT_FILE):
+        if file.lower().endswith(TEXT_FILE):
             return [{"config": file, "field": field} for field in ("first_sentence", "text")]
         return [{"config": file, "prompt": self.prompt}]
 
