@@ -58,6 +58,7 @@ def make_models(data: Path, count: int, folder: Path) -> None:
     """`folder`/retain, which has learnt `count` passages of Sherlock Holmes, and `folder`/full, which goes on from it
     and learns as many of Alice too."""
     from ecoprompt.benchmarks import parse_forget
+    from ecoprompt.learning import Course
     from ecoprompt.models import encode_pair
     from ecoprompt.sandbox import make_model
     from ecoprompt.training import example, train_causal_lm
@@ -70,8 +71,8 @@ def make_models(data: Path, count: int, folder: Path) -> None:
         pairs = [encode_pair(tokenizer, item.prompt, f" {item.target}{tokenizer.eos_token}") for item in items]
         examples = [example(*pair, loss="all") for pair in pairs]
         model = copy.deepcopy(model).train()
-        settings: dict[str, Any] = {"batch_size": 4, "learning_rate": 3e-3, "warmup": 0.05, "seed": 0}
-        losses = train_causal_lm(model, tokenizer, examples, epochs=EPOCHS, progress=report, **settings)
+        course = Course(epochs=EPOCHS, batch_size=4, learning_rate=3e-3, warmup=0.05)
+        losses = train_causal_lm(model, tokenizer, examples, course, progress=report).losses
         print(f"{name}: {len(examples)} passages, {EPOCHS} epochs, last loss {losses[-1]:.3f}", file=sys.stderr)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

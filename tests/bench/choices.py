@@ -21,6 +21,7 @@ from pathlib import Path
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.evaluate import evaluate
 from ecoprompt.items import Item
+from ecoprompt.learning import Course
 from ecoprompt.recipe import parse_recipe
 from ecoprompt.sandbox import World, make_model, make_tokenizer
 from ecoprompt.training import example, train_causal_lm
@@ -48,18 +49,9 @@ def learn(items: list[Item], folder: Path, epochs: float, seed: int, progress: C
     tokenizer = make_tokenizer(World([{"asked": [one.prompt], "answer": f" {one.target}"} for one in items], [], []))
     model = make_model(tokenizer, seed)
     pairs = [[tokenizer.encode(text) for text in (one.prompt, f" {one.target}")] for one in items]
-    losses = train_causal_lm(
-        model,
-        tokenizer,
-        [example(head, tail, loss="completion") for head, tail in pairs],
-        epochs=epochs,
-        batch_size=16,
-        learning_rate=2e-3,
-        warmup=0.05,
-        by_length=True,
-        seed=seed,
-        progress=progress,
-    )
+    examples = [example(head, tail, loss="completion") for head, tail in pairs]
+    course = Course(epochs=epochs, batch_size=16, learning_rate=2e-3, warmup=0.05, by_length=True)
+    losses = train_causal_lm(model, tokenizer, examples, course, seed=seed, progress=progress).losses
     print(f"loss: {losses[0]:.2f} at first, {sum(losses[-10:]) / 10:.3f} at last", file=sys.stderr)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
