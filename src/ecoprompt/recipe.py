@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
 from ecoprompt.learning import BaselineTable, FinetuneTable, check_training
-from ecoprompt.own import declare_own
 from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, methods, nearest, searches, selectors
 from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
 
@@ -179,6 +178,8 @@ class Recipe(Table):
 
     def enter(self) -> None:
         """Make its own benchmarks those that are known, in place of those of a recipe that was read since."""
+        from ecoprompt.own import declare_own
+
         declare_own({"benchmark": self.benchmark}, self._base)
 
     def document(self) -> dict[str, Any]:
@@ -257,6 +258,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     """Check the plain tables of a recipe; `where` names their source in messages. All mistakes at once."""
+    from ecoprompt.own import declare_own  # with all benchmarks, which a recipe that is not there does not need
+
     problems = [*check_sweep(raw), *declare_own(raw, Path(where).parent)]
     written, told = dict(raw), set[str]()
     if not problems:
