@@ -205,11 +205,16 @@ def _stem(source: Source) -> str:
     return source.config or source.split
 
 
+def check_below(path: str) -> None:
+    """Raises InputError for a path that leads out of the folder of local data sets."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise InputError(f"found '{path}', expected a path below the folder of local data sets")
+
+
 def _stems(source: Source, root: Path | None) -> list[Path]:
     """The files, without their suffixes, that may be a local copy."""
     for part in (source.hub, source.local, _stem(source)):
-        if part and (Path(part).is_absolute() or ".." in Path(part).parts):
-            raise InputError(f"found '{part}', expected a path below the folder of local data sets")
+        check_below(part or "")
     own = [root / source.local] if root is not None and source.local else []
     return [*own, *(folder / _stem(source) for folder in _folders(source, root))]
 

@@ -42,7 +42,8 @@ class OwnBenchmark(Table):
 
     @model_validator(mode="after")
     def _has_names_for_all_files(self) -> OwnBenchmark:
-        _subsets("forget", self.forget), _subsets("retain", self.retain)
+        for kind, files in (("forget", self.forget), ("retain", self.retain)):
+            _subsets(kind, files)
         return self
 
     def declaration(self) -> dict[str, Any]:

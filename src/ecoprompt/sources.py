@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from ecoprompt.data import Row, Rows, Source, check_columns, load_rows, local_file
+from ecoprompt.data import Row, Rows, Source, check_below, check_columns, load_rows, local_file
 from ecoprompt.passages import passages
 from ecoprompt.registry import InputError
 from ecoprompt.template import fill, template_names
@@ -65,8 +65,7 @@ def _check_config(template: str) -> None:
 
 def _check_local(template: str) -> None:
     _check_config(template)
-    if Path(template).is_absolute() or ".." in Path(template).parts:
-        raise InputError(f"found '{template}', expected a path below the folder of local data sets")
+    check_below(template)
 
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
