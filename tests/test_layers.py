@@ -25,6 +25,7 @@ ORDER = (
         "checks",
         "corruption",
         "losses",
+        "sophia",
         "probe",
         "metrics",
         "paired",
@@ -75,9 +76,9 @@ ORDER = (
     + ["sandbox", "chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`declared`, `card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them,
-`template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data,
-`planning` and `printing` of the commands."""
+`declared`, `card`, `turns`, `verdicts`, `calls`, `learning`, `lessons` and `sophia` are parts of modules that follow
+them, `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the
+data, `planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -77,6 +77,12 @@ def test_training_lowers_the_loss_and_reports_each_step(tokenizer: PreTrainedTok
     assert trained.about()["last_loss"] == pytest.approx(sum(losses[-2:]) / 2)
 
 
+def test_second_order_lowers_the_loss_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    course = Course(epochs=10, batch_size=4, learning_rate=3e-3, optimizer="sophia", weight_decay=0.0)
+    losses = train_causal_lm(tiny(tokenizer), tokenizer, EXAMPLES * 4, course).losses
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = tiny(tokenizer)

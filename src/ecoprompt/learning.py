@@ -27,14 +27,15 @@ class LoraTable(Table):
 
 
 class Course(Table):
-    """How weights are trained: AdamW with a cosine schedule."""
+    """How weights are trained, with a cosine schedule."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(5.0, description="passes over the data")
     batch_size: Annotated[int, Field(ge=1)] = Field(4, description="examples on a device at once")
     accumulation: Annotated[int, Field(ge=1)] = Field(1, description="batches of an optimiser step")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(2e-5, description="the highest")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which it rises")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
+    optimizer: Literal["adamw", "sophia"] = Field("adamw", description="or the second-order Sophia-G, as in SOUL")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of the optimiser")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="longer gradients are clipped; 0: none is")
     learn: Literal["answer", "all"] = Field("answer", description="the loss is over answers, or over questions too")
     max_length: Annotated[int, Field(ge=2)] | None = Field(

@@ -24,6 +24,7 @@ from ecoprompt.losses import IGNORED
 from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
 from ecoprompt.results import to_json, write_text_atomic
+from ecoprompt.sophia import EVERY, Sophia, drawn_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +143,10 @@ def run_trainer(
     """
     with tempfile.TemporaryDirectory() as nowhere:
         report = _Report(what, progress, dataset)
+        second_order = (Sophia, {"lr": course.learning_rate}) if course.optimizer == "sophia" else None
         trainer = _Trainer(
             model=model,
+            optimizer_cls_and_kwargs=second_order,
             args=_arguments(str(folder or nowhere), course, seed, keeps=folder is not None),
             train_dataset=dataset,
             data_collator=batch,
@@ -279,12 +282,28 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """`Trainer` with a loss of its own, if it has one, that counts the tokens which the model reads."""
 
     loss: Loss | None = None
+    curved: int | None = None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        step = self.state.global_step
+        if isinstance(optimizer, Sophia) and step % EVERY == 0 and step != self.curved:
+            self.curved = step
+            with self.compute_loss_context_manager():
+                loss, labels = drawn_loss(model, self._batches(self._prepare_inputs(inputs)), IGNORED)
+            torch.autograd.backward(loss)
+            optimizer.curve(labels)
+            model.zero_grad()
+        found: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return found
+
+    def _batches(self, inputs: Any) -> list[Any]:
+        return [inputs] if self.loss is None else list(inputs.values())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        masks = [part["attention_mask"] for part in ([inputs] if self.loss is None else inputs.values())]
-        self.state.num_input_tokens_seen += sum(int(mask.sum()) for mask in masks)
+        self.state.num_input_tokens_seen += sum(int(part["attention_mask"].sum()) for part in self._batches(inputs))
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self.loss(model, inputs, self.state.epoch or 0.0)
