@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -34,6 +35,8 @@ INTERRUPTIBLE = (
 )
 SMALL = ["--set", "evaluate.limit=6", "--set", "model.batch_tokens=600"]
 runner = CliRunner()
+ROOM = "make room and start the same again: what was finished is kept"
+FULL = f"No space left on device; {ROOM}"
 
 
 @pytest.fixture
@@ -169,6 +172,8 @@ def test_debug_shows_the_traceback_and_nothing_else_does() -> None:
         (RuntimeError("boom"), 1, "ecoprompt: RuntimeError: boom (--debug shows where)\n"),
         (PermissionError(13, "Permission denied", "there"), 1, "ecoprompt: there: Permission denied (--debug"),
         (OSError("odd"), 1, "ecoprompt: OSError: odd (--debug shows where)\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, f"ecoprompt: a/b: {FULL}\n"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, f"ecoprompt: Disk quota exceeded; {ROOM}\n"),
         (ecoprompt.EcopromptError("no luck"), 1, "ecoprompt: no luck\n"),
         (ecoprompt.InputError("one", "two"), 2, "ecoprompt: one\necoprompt: two\n"),
         (KeyboardInterrupt(), 130, "ecoprompt: interrupted; what was finished is kept\n"),
@@ -214,7 +219,7 @@ def test_a_full_disk_is_one_message() -> None:
     with open("/dev/full", "w") as full:
         arguments = [sys.executable, "-m", "ecoprompt", "evaluate", "quickstart", "--dry-run"]
         result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "ecoprompt: No space left on device (--debug shows where)\n")
+    assert (result.returncode, result.stderr) == (1, f"ecoprompt: {FULL}\n")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from tokenizers.models import WordLevel
 
 from ecoprompt import cli, results
 from ecoprompt.results import (
@@ -27,6 +32,7 @@ from ecoprompt.results import (
     to_json,
     write_results,
     write_text_atomic,
+    writing,
 )
 from ecoprompt.tables import comparison_tables, gate_table, side_by_side, table
 
@@ -164,6 +170,47 @@ def test_a_key_depends_on_content_not_on_order():
     assert key(a=1) != key(a=2) != key(b=2)
     # SHA-256 of the two characters {}, as any other tool gives it.
     assert key() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def fill(path, kind):
+    """Writes more than 64 KiB in the way of each library."""
+    if kind == "torch":
+        torch.save({"a": torch.zeros(1 << 16)}, path)
+    elif kind == "safetensors":
+        save_file({"a": torch.zeros(1 << 16)}, path)
+    elif kind == "tokenizers":
+        vocabulary = {str(number): number for number in range(1 << 14)}
+        tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="0")).save(str(path))
+    elif kind == "store":
+        Store(path).put_many([("a", "b" * (1 << 17))])
+    else:
+        write_text_atomic(path, "b" * (1 << 17))
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "tokenizers", "store", "text"])
+def test_a_full_disk_is_the_same_error_whoever_writes(small_disk, kind):
+    path = small_disk / "deep" / "file"
+    with pytest.raises(OSError, match=str(path)) as raised, writing(path):
+        fill(path, kind)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(path))
+
+
+def test_what_has_to_do_with_no_disk_stays_what_it_was(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path / "file"):
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(OSError, match="other") as raised, writing(tmp_path / "file"):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "other")
+    assert raised.value.filename == "other"
 
 
 def test_a_key_of_what_is_not_json_is_refused():

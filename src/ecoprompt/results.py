@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,7 @@ class Store:
             return
         values = dict(pairs)
         line = json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+", buffering=0) as file:
+        with writing(self.path), self.path.open("ab+", buffering=0) as file:
             left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
@@ -88,6 +89,27 @@ def key(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
+"""What safetensors, tokenizers and torch say where they can write no further."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is to be written; if it cannot be, an OSError says which file that was."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+    # Of tokenizers, a bare Exception. Torch does not say why it cannot write: it hardly ever is anything else.
+    except Exception as error:
+        if FULL.search(str(error)) is None:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed."""
     write_bytes_atomic(path, text.encode())
@@ -95,13 +117,13 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """As `write_text_atomic`, of bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def to_json(document: Any, indent: int | None = 2) -> str:

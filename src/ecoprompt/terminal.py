@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from ecoprompt.registry import Progress
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""A disk, or a user's share of it, that holds no more."""
+
 
 def message(error: Exception) -> tuple[str, int]:
     """What a user is told of an error, and the exit status."""
@@ -30,6 +34,8 @@ def message(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        if error.errno in FULL:
+            return f"{place}{error.strerror}; make room and start the same again: what was finished is kept", 1
         return f"{place}{error.strerror} (--debug shows where)", 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
