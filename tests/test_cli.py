@@ -132,7 +132,7 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     assert printed["gate"]["threshold"]
     assert f"# rows of {printed['evaluate'][0]['benchmark']}: " in result.stdout
     assert "# devices: " in result.stdout
-    document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
+    document = json.loads(runner.invoke(app, ["evaluate", name, "--dry-run", "--json"]).stdout)
     tables = {"optimize": "search", "finetune": "finetune", "baseline": "baseline"}
     planned = {told for table, told in tables.items() if table in printed}
     assert set(document) == {"recipe", "runs", "rows", "fetches", "devices"} | planned
@@ -141,6 +141,25 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
         assert f"# run {name}: " in result.stdout
         assert run["guarded"] == name.startswith("eco")
     assert list(folder.iterdir()) == []
+
+
+def test_a_dry_run_of_a_gate_alone_says_nothing_of_the_evaluation(folder: Path) -> None:
+    result = runner.invoke(app, ["train-classifier", "quickstart-search", "--dry-run"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (
+        {"data", "gate", "tokens", "corruption"}
+        <= set(tomllib.loads(result.stdout))
+        <= {*("name", "seed", "model", "data", "gate", "tokens", "corruption")}
+    )
+    assert [line.partition(":")[0] for line in result.stdout.splitlines() if line.startswith("#")] == [
+        "# rows of quickstart",
+        "# devices",
+    ]
+    planned = json.loads(runner.invoke(app, ["train-classifier", "wmdp", "--dry-run", "--json"]).stdout)
+    assert (planned["runs"], planned["fetches"][-1]) == ({}, "chrisliu298/wmdp_classifier")
+    (folder / "bare.toml").write_text("seed = 1\n", encoding="utf-8")
+    refused = runner.invoke(app, ["train-classifier", "bare.toml", "--dry-run"])
+    assert (refused.exit_code, refused.stderr.count("needs [data] forget")) == (2, 1)
 
 
 def test_what_a_dry_run_prints_is_a_recipe_that_does_the_same(folder: Path) -> None:

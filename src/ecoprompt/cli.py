@@ -120,7 +120,9 @@ def train_classifier(
 
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        print_plan(loaded, json)
+        from ecoprompt.planning import gate_part
+
+        print_plan(gate_part(loaded), json)
         return
     with progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
