@@ -29,6 +29,7 @@ from ecoprompt import recipe, terminal
 from ecoprompt.cli import app
 from ecoprompt.evaluate import Evaluated
 from ecoprompt.results import FORMATS, write_results
+from ecoprompt.tables import table
 
 INTERRUPTIBLE = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ecoprompt.cli import main; main()"
@@ -80,6 +81,16 @@ def test_help_answers_at_once() -> None:
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("", 1000), ("80", 80), ("wide", 1000)])
+def test_a_table_on_a_pipe_is_as_wide_as_columns_says(monkeypatch, capsys, columns: str, widest: int) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    metrics = {f"metric_number_{number}": 1.0 for number in range(20)}
+    terminal.show(table({"recipe": "many", "runs": {"eco": {"metrics": metrics}}}))
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= widest
+    assert sum(line.startswith("eco") for line in printed) == (1 if widest == 1000 else 3)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -67,7 +68,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def show(*tables: Any) -> None:
-    """Tables on standard output; off a terminal a row is a line, however long, and nothing fills it up."""
+    """Tables on standard output; off a terminal a row is a line, as long as COLUMNS says or as it is, not filled up."""
     here = console()
     if here.is_terminal:
         here.print(*tables, sep="\n")
@@ -75,7 +76,8 @@ def show(*tables: Any) -> None:
     from rich.console import Console
 
     for one in tables:
-        wide = Console(file=io.StringIO(), width=1000, highlight=False, force_terminal=False)
+        width = shutil.get_terminal_size((1000, 1)).columns
+        wide = Console(file=io.StringIO(), width=width, highlight=False, force_terminal=False)
         wide.print(one)
         print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
 
