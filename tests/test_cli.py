@@ -99,7 +99,7 @@ def test_a_table_on_a_pipe_is_as_wide_as_columns_says(monkeypatch, capsys, colum
         ([], "Usage:"),
         (["evalaute"], "No such command 'evalaute'. Did you mean 'evaluate'?"),
         (["evaluate"], "Missing argument 'RECIPE'"),
-        (["evaluate", "quickstart", "--format", "html"], "'html' is not one of 'latex', 'markdown', 'csv'"),
+        (["evaluate", "quickstart", "--format", "html"], "'--format': 'html' is not one of 'latex', 'markdown', 'csv'"),
         (["evaluate", "--compare", "a"], "requires 2 arguments"),
         (["evaluate", "quickstart", "--jsn"], "No such option: --jsn"),
         (["evaluate", "quickstart", "--set"], "'--set' requires an argument"),

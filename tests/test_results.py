@@ -387,7 +387,7 @@ def test_latex_is_booktabs_with_everything_escaped():
 
 
 def test_the_formats_are_those_of_the_command():
-    assert {one.value for one in cli.Format} == set(FORMATS)
+    assert set(cli.FORMATS) == set(FORMATS)
     assert list(csv.DictReader(io.StringIO(FORMATS["csv"](SUMMARY))))[1]["forget_quality"] == "1.06e-239"
     assert FORMATS["markdown"](SUMMARY).splitlines()[3] == "| original | 1.1e-239 | 0.623 | 0.984 | – |"
 

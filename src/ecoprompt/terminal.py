@@ -133,6 +133,18 @@ def number(
     return parse
 
 
+def one_of(option: str, *names: str) -> Callable[[str], str]:
+    """A parser of an option that is one of `names`."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            known = ", ".join(f"'{name}'" for name in names)
+            raise typer.BadParameter(f"'{text}' is not one of {known}.", param_hint=f"'{option}'")
+        return text
+
+    return parse
+
+
 def print_json(document: Any) -> None:
     """One document on standard output."""
     from ecoprompt.results import to_json
