@@ -26,6 +26,7 @@ from ecoprompt.results import (
     FORMATS,
     Store,
     cells_of,
+    cost_cells_of,
     key,
     number,
     paired_cells_of,
@@ -34,7 +35,7 @@ from ecoprompt.results import (
     write_text_atomic,
     writing,
 )
-from ecoprompt.tables import comparison_tables, gate_table, side_by_side, table
+from ecoprompt.tables import comparison_tables, cost_tables, gate_table, side_by_side, table
 
 SUMMARY = {
     "recipe": "tofu-mini",
@@ -170,6 +171,33 @@ def test_a_key_depends_on_content_not_on_order():
     assert key(a=1) != key(a=2) != key(b=2)
     # SHA-256 of the two characters {}, as any other tool gives it.
     assert key() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_the_cost_of_training_stands_beside_what_came_of_it_and_only_there(tmp_path):
+    cost = {"seconds": 61.25, "tokens": 38504, "peak_memory_mib": 552.4}
+    of = {"retain": ("models/retain90", cost), "original": (None, {}), "npo": ("baselines/npo", {**cost, "tokens": 7})}
+    runs = {name: {"metrics": {"a": 0.5}, "model": model, "training": cost} for name, (model, cost) in of.items()}
+    runs["eco"] = runs["retain"]
+    summary = {"recipe": "costs", "runs": runs}
+    assert cost_cells_of(summary) == [
+        ["trained model", "seconds", "tokens", "memory MiB"],
+        ["retain90", "61.2", "38504", "552"],
+        ["npo", "61.2", "7", "552"],
+    ]
+    assert [" ".join(line.split()) for line in shown(*cost_tables(summary)).splitlines()[2:]] == [
+        "retain90 61.2 38504 552",
+        "npo 61.2 7 552",
+    ]
+    csv_file, markdown, *_ = write_results(tmp_path, summary, [])
+    lines = [line.split(",") for line in csv_file.read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == ["run", "a", "training_seconds", "training_tokens", "training_peak_memory_mib", "seconds"]
+    assert lines[2:4] == [["original", "0.5", "", "", "", ""], ["npo", "0.5", "61.25", "7", "552.4", ""]]
+    assert "| npo | 61.2 | 7 | 552 |" in markdown.read_text(encoding="utf-8")
+    runs |= dict.fromkeys(runs, {"metrics": {"a": 0.5}, "model": "models/retain90"})
+    assert (cost_cells_of(summary), cost_tables(summary)) == ([], [])
+    csv_file, markdown, *_ = write_results(tmp_path, summary, [])
+    assert "training" not in csv_file.read_text(encoding="utf-8")
+    assert "trained" not in markdown.read_text(encoding="utf-8")
 
 
 @pytest.fixture
