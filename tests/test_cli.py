@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -28,12 +29,15 @@ from ecoprompt import recipe, terminal
 from ecoprompt.cli import app
 from ecoprompt.evaluate import Evaluated
 from ecoprompt.results import FORMATS, write_results
+from ecoprompt.tables import table
 
 INTERRUPTIBLE = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ecoprompt.cli import main; main()"
 )
 SMALL = ["--set", "evaluate.limit=6", "--set", "model.batch_tokens=600"]
 runner = CliRunner()
+ROOM = "make room and start the same again: what was finished is kept"
+FULL = f"No space left on device; {ROOM}"
 
 
 @pytest.fixture
@@ -79,13 +83,23 @@ def test_help_answers_at_once() -> None:
     assert min(seconds() for _ in range(3)) < 0.5
 
 
+@pytest.mark.parametrize(("columns", "widest"), [("", 1000), ("80", 80), ("wide", 1000)])
+def test_a_table_on_a_pipe_is_as_wide_as_columns_says(monkeypatch, capsys, columns: str, widest: int) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    metrics = {f"metric_number_{number}": 1.0 for number in range(20)}
+    terminal.show(table({"recipe": "many", "runs": {"eco": {"metrics": metrics}}}))
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= widest
+    assert sum(line.startswith("eco") for line in printed) == (1 if widest == 1000 else 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "Usage:"),
         (["evalaute"], "No such command 'evalaute'. Did you mean 'evaluate'?"),
         (["evaluate"], "Missing argument 'RECIPE'"),
-        (["evaluate", "quickstart", "--format", "html"], "'html' is not one of 'latex', 'markdown', 'csv'"),
+        (["evaluate", "quickstart", "--format", "html"], "'--format': 'html' is not one of 'latex', 'markdown', 'csv'"),
         (["evaluate", "--compare", "a"], "requires 2 arguments"),
         (["evaluate", "quickstart", "--jsn"], "No such option: --jsn"),
         (["evaluate", "quickstart", "--set"], "'--set' requires an argument"),
@@ -129,7 +143,7 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
     assert printed["gate"]["threshold"]
     assert f"# rows of {printed['evaluate'][0]['benchmark']}: " in result.stdout
     assert "# devices: " in result.stdout
-    document = json.loads(runner.invoke(app, ["train-classifier", name, "--dry-run", "--json"]).stdout)
+    document = json.loads(runner.invoke(app, ["evaluate", name, "--dry-run", "--json"]).stdout)
     tables = {"optimize": "search", "finetune": "finetune", "baseline": "baseline"}
     planned = {told for table, told in tables.items() if table in printed}
     assert set(document) == {"recipe", "runs", "rows", "fetches", "devices"} | planned
@@ -138,6 +152,25 @@ def test_dry_run_of_every_shipped_recipe(folder: Path, name: str) -> None:
         assert f"# run {name}: " in result.stdout
         assert run["guarded"] == name.startswith("eco")
     assert list(folder.iterdir()) == []
+
+
+def test_a_dry_run_of_a_gate_alone_says_nothing_of_the_evaluation(folder: Path) -> None:
+    result = runner.invoke(app, ["train-classifier", "quickstart-search", "--dry-run"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (
+        {"data", "gate", "tokens", "corruption"}
+        <= set(tomllib.loads(result.stdout))
+        <= {*("name", "seed", "model", "data", "gate", "tokens", "corruption")}
+    )
+    assert [line.partition(":")[0] for line in result.stdout.splitlines() if line.startswith("#")] == [
+        "# rows of quickstart",
+        "# devices",
+    ]
+    planned = json.loads(runner.invoke(app, ["train-classifier", "wmdp", "--dry-run", "--json"]).stdout)
+    assert (planned["runs"], planned["fetches"][-1]) == ({}, "chrisliu298/wmdp_classifier")
+    (folder / "bare.toml").write_text("seed = 1\n", encoding="utf-8")
+    refused = runner.invoke(app, ["train-classifier", "bare.toml", "--dry-run"])
+    assert (refused.exit_code, refused.stderr.count("needs [data] forget")) == (2, 1)
 
 
 def test_what_a_dry_run_prints_is_a_recipe_that_does_the_same(folder: Path) -> None:
@@ -169,6 +202,8 @@ def test_debug_shows_the_traceback_and_nothing_else_does() -> None:
         (RuntimeError("boom"), 1, "ecoprompt: RuntimeError: boom (--debug shows where)\n"),
         (PermissionError(13, "Permission denied", "there"), 1, "ecoprompt: there: Permission denied (--debug"),
         (OSError("odd"), 1, "ecoprompt: OSError: odd (--debug shows where)\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, f"ecoprompt: a/b: {FULL}\n"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, f"ecoprompt: Disk quota exceeded; {ROOM}\n"),
         (ecoprompt.EcopromptError("no luck"), 1, "ecoprompt: no luck\n"),
         (ecoprompt.InputError("one", "two"), 2, "ecoprompt: one\necoprompt: two\n"),
         (KeyboardInterrupt(), 130, "ecoprompt: interrupted; what was finished is kept\n"),
@@ -214,7 +249,7 @@ def test_a_full_disk_is_one_message() -> None:
     with open("/dev/full", "w") as full:
         arguments = [sys.executable, "-m", "ecoprompt", "evaluate", "quickstart", "--dry-run"]
         result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "ecoprompt: No space left on device (--debug shows where)\n")
+    assert (result.returncode, result.stderr) == (1, f"ecoprompt: {FULL}\n")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -73,6 +73,15 @@ def test_what_was_trained_is_not_trained_again_unless_it_changed(recipe, tmp_pat
     assert [len(part) for part in steps] == [9, 0, 3]
 
 
+def test_checkpoints_that_a_kill_left_beside_a_whole_model_go(recipe, tmp_path):
+    again = recipe(SCRATCH | {"models": ["full"]})
+    ((folder, about),) = finetune(again, tmp_path).items()
+    left = folder.with_name(f".{folder.name}-{about['digest']}")
+    left.mkdir()
+    assert finetune(again, tmp_path) == {folder: about}
+    assert not left.exists()
+
+
 class Killed(Exception):
     pass
 

@@ -246,6 +246,11 @@ def test_a_guarded_run_needs_a_corruption_and_a_gate(without, key, words):
         assert parse_recipe(raw, "here").data is None
 
 
+@pytest.mark.parametrize("values", [[], 5, "7"])
+def test_what_is_no_list_to_sweep_is_told_once(values):
+    assert len(problems_of(tables(sweep={"corruption.strength": values}))) == 1
+
+
 def test_all_mistakes_at_once():
     raw = tables(
         sede=1,

@@ -16,8 +16,9 @@ import pytest
 import tomli_w
 
 from ecoprompt import models, planning
+from ecoprompt.lessons import baseline_table, model_names
 from ecoprompt.recipe import load_recipe, parse_recipe, resolve_runs, shipped
-from ecoprompt.registry import benchmarks, corruptions, selectors
+from ecoprompt.registry import benchmarks, corruptions, methods, selectors
 from ecoprompt.similarity import BERT
 
 ROOT = Path(__file__).parents[1]
@@ -84,12 +85,11 @@ GENERAL = [
 """Where the nine sets of general questions for gates are."""
 ZEPHYR, PRESS = "HuggingFaceH4/zephyr-7b-beta", "chrisliu298/bbc_news_classifier"
 NEWS = ["RealTimeData/bbc_news_alltime", "vblagoje/cc_news"]
-NEWS_MODELS = [f"./olmo-1.7-7b_{name}_news (a folder of your own)" for name in ("cc", "bbc")]
 BOOKS = [f"books/{name} (a file of your own)" for name in ("alice_in_wonderland", "adventures_of_sherlock_holmes")]
 PHI = ["./phi-1_5_retain90 (a folder of your own)", "locuslab/tofu_ft_phi-1.5"]
 FETCHES = {
-    "bbc-news": [*NEWS, *NEWS_MODELS, PRESS, BERT],
-    "copyright-ablation": [*NEWS, *NEWS_MODELS, PRESS, BERT],
+    "bbc-news": [*NEWS, "allenai/OLMo-1.7-7B-hf", PRESS, BERT],
+    "copyright-ablation": [*NEWS, PRESS, BERT],
     "book": [*BOOKS, "./book_retain (a folder of your own)", "allenai/OLMo-1B-hf"],
     "hp-book": [
         *("books/hp_book (a file of your own)", "swj0419/BookMIA", "allenai/OLMo-1.7-7B-hf"),
@@ -109,10 +109,9 @@ FETCHES = {
         ["tofu", "tofu-ablation"],
         ["locuslab/TOFU", *PHI, "chrisliu298/tofu_forget10_classifier", "dslim/bert-base-NER"],
     ),
-    "finetune-tofu": [
+    "tofu-baselines": [
         *("locuslab/TOFU", "microsoft/phi-1_5", "chrisliu298/tofu_forget10_classifier", "dslim/bert-base-NER")
     ],
-    "tofu-baselines": ["locuslab/TOFU", "chrisliu298/tofu_forget10_classifier", "dslim/bert-base-NER"],
     "robustness": [
         *("locuslab/TOFU", "cais/mmlu", "domenicrosati/TruthfulQA", "tau/commonsense_qa", "allenai/ai2_arc"),
         "ybisk/piqa",
@@ -332,6 +331,17 @@ def test_the_papers_texts_are_evaluated_with_its_gates():
     ]
     assert book["rows"] == {"book_mia": {"passages": None, "other_books": 500}}
     assert {planned["recipe"]["gate"]["threshold"] for planned in (news, book)} == {0.99}
+
+
+@pytest.mark.parametrize(("name", "rate"), [("tofu-baselines", 1e-5), ("bbc-news", 2e-5)])
+def test_one_file_makes_unlearns_and_compares_all_methods(name, rate):
+    recipe = load_recipe(name)
+    made = {f"./results/{name}/models/{folder}" for folder in model_names(recipe).values()}
+    assert made == {recipe.model.name, recipe.run["retain"].model}
+    compared = {run: table.model for run, table in recipe.run.items() if run in methods}
+    assert compared == {method: f"./results/{name}/baselines/{method}" for method in methods}
+    assert (recipe.finetune.epochs, recipe.finetune.learning_rate) == (5, 2e-5)
+    assert (recipe.baseline.epochs, baseline_table(recipe).learning_rate) == (5, rate)
 
 
 def test_tofu_can_be_sampled_beside_its_own_benchmark():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -14,21 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from tokenizers.models import WordLevel
 
 from ecoprompt import cli, results
 from ecoprompt.results import (
     FORMATS,
     Store,
     cells_of,
+    cost_cells_of,
     key,
     number,
     paired_cells_of,
     to_json,
     write_results,
     write_text_atomic,
+    writing,
 )
-from ecoprompt.tables import comparison_tables, gate_table, side_by_side, table
+from ecoprompt.tables import comparison_tables, cost_tables, gate_table, side_by_side, table
 
 SUMMARY = {
     "recipe": "tofu-mini",
@@ -164,6 +171,74 @@ def test_a_key_depends_on_content_not_on_order():
     assert key(a=1) != key(a=2) != key(b=2)
     # SHA-256 of the two characters {}, as any other tool gives it.
     assert key() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_the_cost_of_training_stands_beside_what_came_of_it_and_only_there(tmp_path):
+    cost = {"seconds": 61.25, "tokens": 38504, "peak_memory_mib": 552.4}
+    of = {"retain": ("models/retain90", cost), "original": (None, {}), "npo": ("baselines/npo", {**cost, "tokens": 7})}
+    runs = {name: {"metrics": {"a": 0.5}, "model": model, "training": cost} for name, (model, cost) in of.items()}
+    runs["eco"] = runs["retain"]
+    summary = {"recipe": "costs", "runs": runs}
+    assert cost_cells_of(summary) == [
+        ["trained model", "seconds", "tokens", "memory MiB"],
+        ["retain90", "61.2", "38504", "552"],
+        ["npo", "61.2", "7", "552"],
+    ]
+    assert [" ".join(line.split()) for line in shown(*cost_tables(summary)).splitlines()[2:]] == [
+        "retain90 61.2 38504 552",
+        "npo 61.2 7 552",
+    ]
+    csv_file, markdown, *_ = write_results(tmp_path, summary, [])
+    lines = [line.split(",") for line in csv_file.read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == ["run", "a", "training_seconds", "training_tokens", "training_peak_memory_mib", "seconds"]
+    assert lines[2:4] == [["original", "0.5", "", "", "", ""], ["npo", "0.5", "61.25", "7", "552.4", ""]]
+    assert "| npo | 61.2 | 7 | 552 |" in markdown.read_text(encoding="utf-8")
+    runs |= dict.fromkeys(runs, {"metrics": {"a": 0.5}, "model": "models/retain90"})
+    assert (cost_cells_of(summary), cost_tables(summary)) == ([], [])
+    csv_file, markdown, *_ = write_results(tmp_path, summary, [])
+    assert "training" not in csv_file.read_text(encoding="utf-8")
+    assert "trained" not in markdown.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def fill(path, kind):
+    """Writes more than 64 KiB in the way of each library."""
+    if kind == "torch":
+        torch.save({"a": torch.zeros(1 << 16)}, path)
+    elif kind == "safetensors":
+        save_file({"a": torch.zeros(1 << 16)}, path)
+    elif kind == "tokenizers":
+        vocabulary = {str(number): number for number in range(1 << 14)}
+        tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="0")).save(str(path))
+    elif kind == "store":
+        Store(path).put_many([("a", "b" * (1 << 17))])
+    else:
+        write_text_atomic(path, "b" * (1 << 17))
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "tokenizers", "store", "text"])
+def test_a_full_disk_is_the_same_error_whoever_writes(small_disk, kind):
+    path = small_disk / "deep" / "file"
+    with pytest.raises(OSError, match=str(path)) as raised, writing(path):
+        fill(path, kind)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(path))
+
+
+def test_what_has_to_do_with_no_disk_stays_what_it_was(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), writing(tmp_path / "file"):
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(OSError, match="other") as raised, writing(tmp_path / "file"):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "other")
+    assert raised.value.filename == "other"
 
 
 def test_a_key_of_what_is_not_json_is_refused():
@@ -340,7 +415,7 @@ def test_latex_is_booktabs_with_everything_escaped():
 
 
 def test_the_formats_are_those_of_the_command():
-    assert {one.value for one in cli.Format} == set(FORMATS)
+    assert set(cli.FORMATS) == set(FORMATS)
     assert list(csv.DictReader(io.StringIO(FORMATS["csv"](SUMMARY))))[1]["forget_quality"] == "1.06e-239"
     assert FORMATS["markdown"](SUMMARY).splitlines()[3] == "| original | 1.1e-239 | 0.623 | 0.984 | – |"
 

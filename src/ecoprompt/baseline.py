@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from ecoprompt.data import Source, check_columns, load_rows
 from ecoprompt.files import read_text
-from ecoprompt.finetune import checkpoints_of, to_train
+from ecoprompt.finetune import to_train
 from ecoprompt.learning import BaselineTable
 from ecoprompt.lessons import Lesson, Lessons, baseline_table, lessons_of, most_tokens
 from ecoprompt.losses import Method, Scored
@@ -24,7 +23,9 @@ from ecoprompt.registry import InputError, Progress, methods, quiet
 from ecoprompt.training import (
     Example,
     Loss,
+    checkpoints_of,
     collate,
+    drop_checkpoints,
     encode_lesson,
     padding,
     run_trainer,
@@ -65,7 +66,7 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     trained = run_trainer(model, pairs, pairs.batch, table, recipe.seed, what, progress, checkpoints, loss)
     about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings}
     save_model(model, loaded.tokenizer, folder, table, about)
-    shutil.rmtree(checkpoints)
+    drop_checkpoints(folder)
     return folder, about
 
 

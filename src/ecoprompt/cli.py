@@ -9,14 +9,24 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
-from ecoprompt.terminal import console, drop_output, fail, interrupt, message, number, print_json, progress_bar, show
+from ecoprompt.terminal import (
+    console,
+    drop_output,
+    fail,
+    interrupt,
+    message,
+    number,
+    one_of,
+    print_json,
+    progress_bar,
+    show,
+)
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -46,6 +56,16 @@ DryRunOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
+FORMATS = ("latex", "markdown", "csv")
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar=f"<{'|'.join(FORMATS)}>",
+        parser=one_of("--format", *FORMATS),
+        help="Print the table as this, and no more.",
+    ),
+]
 TWO = "folders, or names of recipes under DIR. Takes the place of RECIPE."
 
 
@@ -120,7 +140,9 @@ def train_classifier(
 
     loaded = load_recipe(recipe, set_ or [])
     if dry_run:
-        print_plan(loaded, json)
+        from ecoprompt.planning import gate_part
+
+        print_plan(gate_part(loaded), json)
         return
     with progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
@@ -174,14 +196,6 @@ def optimize(
     print(f"written: {', '.join(map(str, filter(None, [learned.pack, drawn])))}", file=sys.stderr)
 
 
-class Format(StrEnum):
-    """What the table of results can be printed as."""
-
-    LATEX = "latex"
-    MARKDOWN = "markdown"
-    CSV = "csv"
-
-
 def _recipe_or_comparison(context: typer.Context, recipe: str | None) -> str | None:
     if recipe is None and context.params.get("compare") is None:
         raise typer.BadParameter("Missing argument 'RECIPE', or --compare A B.")
@@ -201,7 +215,7 @@ def evaluate(
     report: Annotated[
         bool, typer.Option("--report", help="Write DIR/<recipe>/report.html, a page to look at.")
     ] = False,
-    format_: Annotated[Format | None, typer.Option("--format", help="Print the table as this, and no more.")] = None,
+    format_: FormatOption = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", is_eager=True, help="Set two earlier results side by side: " + TWO),

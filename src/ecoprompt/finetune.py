@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,15 @@ from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
 from ecoprompt.recipe import ModelTable, Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
-from ecoprompt.training import encode_lesson, save_model, train_causal_lm, trained_before, with_adapters
+from ecoprompt.training import (
+    checkpoints_of,
+    drop_checkpoints,
+    encode_lesson,
+    save_model,
+    train_causal_lm,
+    trained_before,
+    with_adapters,
+)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 MODELS = "models"
@@ -61,18 +68,8 @@ def _make(
     )
     about = {"digest": how, "examples": len(examples), **trained.about(), "settings": settings}
     save_model(model, start.tokenizer, folder, table, about)
-    shutil.rmtree(checkpoints)
+    drop_checkpoints(folder)
     return about
-
-
-def checkpoints_of(folder: Path, how: str) -> Path:
-    """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
-    wanted = folder.with_name(f".{folder.name}-{how}")
-    for other in folder.parent.glob(f".{folder.name}-" + "?" * len(how)):
-        if other != wanted:
-            shutil.rmtree(other)
-    wanted.mkdir(parents=True, exist_ok=True)
-    return wanted
 
 
 def to_train(table: ModelTable) -> ModelTable:

@@ -101,9 +101,9 @@ def training_cost(model: str | None) -> dict[str, Any]:
     """What the training of a model's folder cost, as a run's `training`; nothing if it was not trained here."""
     try:
         about = read_json(Path(model or "") / ABOUT)
-    except InputError:
+        return {"training": {name: about[name] for name in COST}}
+    except (InputError, KeyError):
         return {}
-    return {"training": {name: about.get(name) for name in COST}}
 
 
 def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Path | None]:

@@ -23,7 +23,7 @@ from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searc
 from ecoprompt.plots import draw_search, rendered
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
-from ecoprompt.results import RETAIN, Store, write_bytes_atomic
+from ecoprompt.results import RETAIN, Store, write_bytes_atomic, writing
 from ecoprompt.zeroth import Found, Measured, Space, minimise
 
 
@@ -60,19 +60,21 @@ def optimize(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
         objective.compare_with(retain, progress)
     objective.attach(trained, progress)
     searched, identity = searched_by(recipe), objective.identity()
-    found = minimise(
-        objective,
-        objective.start,
-        objective.space,
-        method=table.method,
-        parameters=table.parameters,
-        budget=table.budget,
-        tolerance=table.tolerance,
-        seed=recipe.seed,
-        trace=output / recipe.name / f"optimize-{identity}.jsonl",
-        identity=identity,
-        progress=progress,
-    )
+    trace = output / recipe.name / f"optimize-{identity}.jsonl"
+    with writing(trace):
+        found = minimise(
+            objective,
+            objective.start,
+            objective.space,
+            method=table.method,
+            parameters=table.parameters,
+            budget=table.budget,
+            tolerance=table.tolerance,
+            seed=recipe.seed,
+            trace=trace,
+            identity=identity,
+            progress=progress,
+        )
     best = objective.corruption_at(found.best.parameter)
     reached = found.best.metric
     if found.best.seed != recipe.seed:  # of a method that draws anew: what holds for the noise of the recipe?

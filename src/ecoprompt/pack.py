@@ -31,9 +31,19 @@ from ecoprompt.gate import (
 )
 from ecoprompt.models import HUB_ID
 from ecoprompt.pressure import press
-from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
+from ecoprompt.recipe import (
+    Calibration,
+    CorruptionTable,
+    DataTable,
+    GateTable,
+    Recipe,
+    TokensTable,
+    digest,
+    load_recipe,
+    shipped,
+)
 from ecoprompt.registry import EcopromptError, InputError, Progress, benchmarks, corruptions, gates, nearest, quiet
-from ecoprompt.results import write_text_atomic
+from ecoprompt.results import write_text_atomic, writing
 from ecoprompt.sources import GateData, without_overlap
 
 PACK = "forget.toml"
@@ -187,14 +197,20 @@ def pack_folder(recipe: Recipe, table: GateTable, seed: int, output: Path = OUTP
     return output / recipe.name / ("pack" if own else f"pack-{digest(_training(table), seed)}")
 
 
-def _gate_data(recipe: Recipe) -> GateData:
-    """The prompts to train, calibrate and measure a gate on."""
+def gate_subject(recipe: Recipe) -> DataTable:
+    """The recipe's [data]; raises InputError where there is none."""
     if recipe.data is None:
         raise InputError(f"{recipe.name}: training, calibrating or measuring a gate needs [data] forget")
-    benchmark, forget_set = parse_forget(recipe.data.forget)
-    root = Path(recipe.data.root) if recipe.data.root else None
+    return recipe.data
+
+
+def _gate_data(recipe: Recipe) -> GateData:
+    """The prompts to train, calibrate and measure a gate on."""
+    table = gate_subject(recipe)
+    benchmark, forget_set = parse_forget(table.forget)
+    root = Path(table.root) if table.root else None
     data = benchmark.gate_texts(forget_set, root)
-    further = [benchmarks[name].gate_checks(None, root) for name in recipe.data.checks]
+    further = [benchmarks[name].gate_checks(None, root) for name in table.checks]
     return without_overlap(
         replace(data, checks={key: check for checks in (data.checks, *further) for key, check in checks.items()})
     )
@@ -278,7 +294,8 @@ def save_pack(
         document |= {name: stored[name] for name in ("corruption", LEARNED)}
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    trained.gate.save(beside / "gate")
+    with writing(folder):
+        trained.gate.save(beside / "gate")
     write_card(beside, _title(recipe), document)
     write_text_atomic(beside / PACK, tomli_w.dumps(document))
     old = folder.with_name(f".{folder.name}.old")

@@ -12,13 +12,13 @@ from ecoprompt.benchmarks import parse_forget
 from ecoprompt.evaluate import metrics_read, tables_of
 from ecoprompt.lessons import planned_training
 from ecoprompt.models import HUB_ID, aliases
-from ecoprompt.pack import OUTPUT, is_published
-from ecoprompt.recipe import Recipe, resolve_runs
+from ecoprompt.pack import OUTPUT, gate_subject, is_published
+from ecoprompt.recipe import Recipe, parse_recipe, resolve_runs
 from ecoprompt.registry import benchmarks, metrics
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `evaluate` would do, told without model, network and torch: recipe, runs, rows, what to fetch, devices."""
+    """What a recipe would do, told without model, network and torch: its tables, runs, rows, what to fetch, devices."""
     recipe.enter()
     rows: dict[str, dict[str, int | None]] = {}
     for table, benchmark, forget_set, root in tables_of(recipe):
@@ -42,6 +42,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         **({"search": _planned_search(recipe)} if recipe.optimize else {}),
         **planned_training(recipe),
     }
+
+
+def gate_part(recipe: Recipe) -> Recipe:
+    """What `train-classifier` reads of a recipe; raises InputError where it has no [data]."""
+    gate_subject(recipe)
+    read = ("name", "seed", "data", "gate", "tokens", "corruption", "benchmark")
+    return parse_recipe({name: recipe._written[name] for name in read if name in recipe._written}, recipe.name)
 
 
 def _fetches(recipe: Recipe) -> list[str]:

@@ -20,10 +20,10 @@ def print_evaluated(found: Evaluated, form: str | None) -> None:
 
         print(FORMATS[form](found.summary), end="")
         return
-    from ecoprompt.tables import grid_tables, side_by_side, table
+    from ecoprompt.tables import cost_tables, grid_tables, side_by_side, table
 
     prompts, targets, answers = found.samples()
-    show(table(found.summary), *grid_tables(found.summary))
+    show(table(found.summary), *cost_tables(found.summary), *grid_tables(found.summary))
     if prompts:
         show(side_by_side(prompts, answers, targets))
 

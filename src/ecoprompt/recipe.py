@@ -170,9 +170,7 @@ class Recipe(Table):
     run: dict[str, RunTable] = {}
     evaluate: list[EvaluateTable] = []
     benchmark: dict[str, dict[str, Any]] = Field({}, description="benchmarks of your own, by name")
-    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="dotted key = list of values: one run for each combination"
-    )
+    sweep: dict[str, Any] = Field({}, description="dotted key = list of values: one run for each combination")
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _base: Path = PrivateAttr(Path())
 

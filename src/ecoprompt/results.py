@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,7 @@ class Store:
             return
         values = dict(pairs)
         line = json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+", buffering=0) as file:
+        with writing(self.path), self.path.open("ab+", buffering=0) as file:
             left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
@@ -88,6 +89,27 @@ def key(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
+"""What safetensors, tokenizers and torch say where they can write no further."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is to be written; if it cannot be, an OSError says which file that was."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+    # Of tokenizers, a bare Exception. Torch does not say why it cannot write: it hardly ever is anything else.
+    except Exception as error:
+        if FULL.search(str(error)) is None:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed."""
     write_bytes_atomic(path, text.encode())
@@ -95,13 +117,13 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """As `write_text_atomic`, of bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def to_json(document: Any, indent: int | None = 2) -> str:
@@ -261,13 +283,15 @@ def seconds_of(run: Mapping[str, Any]) -> str:
 def csv_table(summary: Mapping[str, Any]) -> str:
     """All metrics, unrounded, one run a row."""
     every, gate_columns = _every(summary), _gate_columns(summary)
+    costs = list(dict.fromkeys(part for run in summary["runs"].values() for part in run.get("training") or {}))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["run", *every, *(f"gate_{name}" for name in gate_columns), "seconds"])
+    beside = [f"gate_{name}" for name in gate_columns] + [f"training_{part}" for part in costs]
+    writer.writerow(["run", *every, *beside, "seconds"])
     for name, run in summary["runs"].items():
-        gate = run.get("gate") or {}
+        gate, training = run.get("gate") or {}, run.get("training") or {}
         cells = [*(run["metrics"].get(column) for column in every), *(gate.get(column) for column in gate_columns)]
-        writer.writerow([name, *cells, run.get("seconds")])
+        writer.writerow([name, *cells, *(training.get(part) for part in costs), run.get("seconds")])
     return file.getvalue()
 
 
@@ -278,6 +302,16 @@ def cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
     for name, run in summary["runs"].items():
         cells.append([name, *(with_error(run, column) for column in chosen), seconds_of(run)])
     return cells
+
+
+def cost_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
+    """What the training of the runs' models cost, each model once, its head first; [] where none was trained."""
+    costs = {run["model"]: run["training"] for run in summary["runs"].values() if run.get("training")}
+    cells = [
+        [Path(model).name, seconds_of(cost), str(cost["tokens"]), f"{cost['peak_memory_mib']:.0f}"]
+        for model, cost in costs.items()
+    ]
+    return [["trained model", "seconds", "tokens", "memory MiB"], *cells] if cells else []
 
 
 def full_cells_of(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -319,12 +353,15 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     """The table of the terminal, and below it all metrics with the runs as columns."""
     legend = legend_of(summary, _every(summary))
     grids = [part for run, title, cells in grids_of(summary) for part in (f"{run}: {title}", markdown_table(cells))]
-    tables = [markdown_table(cells) for cells in (full_cells_of(summary), paired_cells_of(summary)) if cells]
-    tables = [markdown_table(cells_of(summary)), *grids, *tables]
+    costs, *others = map(markdown_table, (make(summary) for make in (cost_cells_of, full_cells_of, paired_cells_of)))
+    tables = [markdown_table(cells_of(summary)), costs, *grids, *others]
     return "\n\n".join(filter(None, [f"# {title_of(summary)}", *tables, legend])) + "\n"
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """A table, its head first; nothing of none."""
+    if not cells:
+        return ""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))

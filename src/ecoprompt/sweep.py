@@ -88,7 +88,7 @@ def _words(value: Any, inside: bool = True) -> str:
 
 
 def check_sweep(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the keys of a sweep, and with lists that the schema would refuse as well."""
+    """What is wrong with a sweep: with its keys, with lists that are none, with how many combinations there are."""
     sweep, runs = raw.get("sweep", {}), raw.get("run")
     known = list(runs) if isinstance(runs, dict) else []
     if not isinstance(sweep, dict):

@@ -16,6 +16,7 @@ from rich.text import Text
 from ecoprompt.results import (
     ARROWS,
     chosen_columns,
+    cost_cells_of,
     gate_cells,
     grids_of,
     heading_of,
@@ -141,6 +142,12 @@ def gate_table(measured: Sequence[Mapping[str, Any]], threshold: float) -> Table
     """How often a gate errs on each of its data sets, for the terminal."""
     head, *rows = gate_cells(measured)
     return plain_table([_folded(head, rows), *rows], title=f"gate, threshold {threshold:.4g}")
+
+
+def cost_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """What the training of the runs' models cost, for the terminal; no table where none was trained."""
+    cells = cost_cells_of(summary)
+    return [plain_table(cells)] if cells else []
 
 
 def grid_tables(summary: Mapping[str, Any]) -> list[Table]:

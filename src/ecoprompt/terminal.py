@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from ecoprompt.registry import Progress
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""A disk, or a user's share of it, that holds no more."""
+
 
 def message(error: Exception) -> tuple[str, int]:
     """What a user is told of an error, and the exit status."""
@@ -30,6 +35,8 @@ def message(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        if error.errno in FULL:
+            return f"{place}{error.strerror}; make room and start the same again: what was finished is kept", 1
         return f"{place}{error.strerror} (--debug shows where)", 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
@@ -61,7 +68,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def show(*tables: Any) -> None:
-    """Tables on standard output; off a terminal a row is a line, however long, and nothing fills it up."""
+    """Tables on standard output; off a terminal a row is a line, as long as COLUMNS says or as it is, not filled up."""
     here = console()
     if here.is_terminal:
         here.print(*tables, sep="\n")
@@ -69,7 +76,8 @@ def show(*tables: Any) -> None:
     from rich.console import Console
 
     for one in tables:
-        wide = Console(file=io.StringIO(), width=1000, highlight=False, force_terminal=False)
+        width = shutil.get_terminal_size((1000, 1)).columns
+        wide = Console(file=io.StringIO(), width=width, highlight=False, force_terminal=False)
         wide.print(one)
         print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]
 
@@ -121,6 +129,18 @@ def number(
         what = "a whole number" if kind is int else "a number"
         bound = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
         raise typer.BadParameter(f"found '{text}', expected {what} {bound}", param_hint=f"'{option}'")
+
+    return parse
+
+
+def one_of(option: str, *names: str) -> Callable[[str], str]:
+    """A parser of an option that is one of `names`."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            known = ", ".join(f"'{name}'" for name in names)
+            raise typer.BadParameter(f"'{text}' is not one of {known}.", param_hint=f"'{option}'")
+        return text
 
     return parse
 

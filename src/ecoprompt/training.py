@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from ecoprompt.lessons import ABOUT, Lesson
 from ecoprompt.losses import IGNORED
 from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
-from ecoprompt.results import to_json, write_text_atomic
+from ecoprompt.results import to_json, write_text_atomic, writing
 from ecoprompt.sophia import EVERY, Sophia, drawn_loss
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def run_trainer(
         )
         trainer.loss = loss
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_newest(folder) if folder is not None else None)
+        with _without_bars(), writing(folder or Path(nowhere)):
+            trainer.train(resume_from_checkpoint=_newest(folder) if folder is not None else None)
     model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = sum(entry["seconds"] for entry in history)
@@ -243,7 +245,25 @@ def trained_before(folder: Path, digest: str) -> dict[str, Any] | None:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return about if about.get("digest") == digest else None
+    if about.get("digest") != digest:
+        return None
+    drop_checkpoints(folder)  # of a training that was killed when it had all but ended
+    return about
+
+
+def checkpoints_of(folder: Path, how: str) -> Path:
+    """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
+    wanted = folder.with_name(f".{folder.name}-{how}")
+    drop_checkpoints(folder, but=wanted)
+    wanted.mkdir(parents=True, exist_ok=True)
+    return wanted
+
+
+def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that the model `folder` was trained through."""
+    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16):
+        if place != but:
+            shutil.rmtree(place)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: Mapping[str, Any]) -> None:
@@ -252,17 +272,24 @@ def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: 
         model = model.merge_and_unload()
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with _without_bars(), writing(folder):
         model.to(getattr(torch, course.stored)).save_pretrained(part)
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-    tokenizer.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     write_text_atomic(part / ABOUT, to_json(about))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leaves out what transformers shows of its writing, which would go to a pipe as well."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
