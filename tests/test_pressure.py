@@ -8,8 +8,7 @@ import unicodedata
 
 import pytest
 
-from ecoprompt import pressure
-from ecoprompt.pressure import GENERAL, press, rehearse
+from ecoprompt.pressure import EVERYDAY, PRACTICE, TEXTS, press, rehearse
 from ecoprompt.registry import InputError, pressures
 from ecoprompt.views import normalise, parts, visible, word_windows
 
@@ -76,15 +75,15 @@ def test_a_prompt_stands_in_the_middle():
 
 def test_a_gate_is_not_tested_on_the_wordings_that_it_practised():
     """No three words in a row of a wording for practice stand in one for measuring."""
-    tested = [*pressure.ROLE_PLAY, *pressure.INSTRUCTIONS, *pressure.PREFIXES, *pressure.SUFFIXES]
+    tested = [wording for kind in TEXTS["wordings"].values() for wording in kind["of"]]
 
     def triples(wording):
         words = normalise(wording.replace("{}", " ")).split()
         return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
 
     measured = set().union(*map(triples, tested))
-    assert not measured & set().union(*map(triples, pressure.PRACTICE))
-    assert all(wording.count("{}") == 1 for wording in (*tested, *pressure.PRACTICE))
+    assert not measured & set().union(*map(triples, PRACTICE))
+    assert all(wording.count("{}") == 1 for wording in (*tested, *PRACTICE))
 
 
 def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():
@@ -92,7 +91,7 @@ def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():
     copies = rehearse(texts, 7)
     assert copies == rehearse(texts, 7)
     assert sum(label for _, label in copies) == 4 * 4
-    assert {(question, 0) for question, _ in GENERAL} <= set(copies)
+    assert {(question, 0) for question in EVERYDAY} <= set(copies)
     assert sum(label for _, label in rehearse(texts, 7, copies=1)) == 4
 
 
