@@ -13,7 +13,9 @@ from pathlib import Path
 from ecoprompt.registry import pressures
 
 TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-EVERYDAY, AROUND, PRACTICE = TEXTS["everyday"], TEXTS["around"], TEXTS["practice"]
+EVERYDAY: list[str] = TEXTS["everyday"]
+PRACTICE: list[str] = TEXTS["practice"]
+AROUND: list[tuple[str, str]] = TEXTS["around"]
 SMALL_WORDS = frozenset(TEXTS["small_words"].split())
 LOOK_ALIKES = {
     **dict(zip("ABCEHIKMOPTX", "АВСЕНІКМОРТХ", strict=True)),
@@ -145,7 +147,7 @@ def spaced_letters(text: str, generator: random.Random, others: Sequence[str]) -
     return "   ".join(" ".join(word) for word in text.split())
 
 
-def _add_wording(name: str, what: str, wordings: Sequence[str]) -> None:
+def _add(name: str, what: str, wordings: Sequence[str]) -> None:
     def worded(text: str, generator: random.Random, others: Sequence[str]) -> str:
         return generator.choice(wordings).format(text)
 
@@ -154,7 +156,7 @@ def _add_wording(name: str, what: str, wordings: Sequence[str]) -> None:
 
 
 for _name, _wording in TEXTS["wordings"].items():
-    _add_wording(_name, _wording["is"], _wording["of"])
+    _add(_name, _wording["is"], _wording["of"])
 
 
 @pressures.register
