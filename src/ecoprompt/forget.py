@@ -174,8 +174,7 @@ class Forget:
         """The gate's score of each text; raises InputError for what no gate may say. NaN may be, and is flagged."""
         if not texts:
             return []
-        score: Callable[[list[str]], Probabilities] = getattr(self.gate, "score", self.gate)
-        said = score(texts)
+        said = self.gate.score(texts) if hasattr(self.gate, "score") else self.gate(texts)
         try:
             scores = [float(score) for score in said]
         except (TypeError, ValueError):

@@ -167,7 +167,7 @@ def random_prefix(text: str, generator: random.Random, others: Sequence[str]) ->
 
 def _random_words(count: int, generator: random.Random, others: Sequence[str]) -> str:
     """Words of `others` and of random letters, without punctuation, so that no sentence ends before a prompt."""
-    words = re.findall(r"[^\W_]+", " ".join(_some(8, generator, others))) or ["a"]
+    words: list[str] = re.findall(r"[^\W_]+", " ".join(_some(8, generator, others))) or ["a"]
 
     def word() -> str:
         if generator.random() < 0.5:
