@@ -72,7 +72,7 @@ ORDER = (
         "finetune",
         "baseline",
     ]
-    + ["sandbox", "chat", "terminal", "printing", "cli"]
+    + ["chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
 `declared`, `card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them,
