@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ecoprompt.chat import Answer, Chat, Options, converse, pipe, raw_lines
+from ecoprompt.chat import Answer, Chat, converse, pipe, raw_lines
 from ecoprompt.cli import app
 from ecoprompt.forget import Forget
 from ecoprompt.models import Loaded, load_model
@@ -177,7 +177,7 @@ def test_max_new_tokens_cuts_an_answer(quickstart: Loaded) -> None:
 
 
 def test_a_system_prompt_begins_every_conversation(quickstart: Loaded) -> None:
-    chat = Chat(quickstart, options=Options(system="Be brief."))
+    chat = Chat(quickstart, system="Be brief.")
     assert chat.messages("Hi")[0] == {"role": "system", "content": "Be brief."}
     assert "Be brief." in quickstart.tokenizer.decode(chat.encode(chat.messages("Hi")))
     result = ask(f"{OTHER}\n", "--system", "Be brief. " * 200)
@@ -362,7 +362,7 @@ def test_a_turn_that_fails_does_not_end_the_conversation() -> None:
 
 
 def test_a_conversation_becomes_too_long_and_starts_anew(quickstart: Loaded) -> None:
-    chat = Chat(quickstart, options=Options(max_new_tokens=3))
+    chat = Chat(quickstart, max_new_tokens=3)
     shown = talk(chat, "so " * 150, "so " * 150, "/reset", "so " * 150)
     assert shown.count("the conversation is too long") == 1
     assert re.search(r"found \d+ tokens, expected fewer than the 512", shown)
@@ -374,18 +374,17 @@ def test_a_turn_once_flagged_stays_corrupted_in_later_turns(quickstart: Loaded) 
         corruption={"method": "rand_noise_first_n", "dims": 1, "strength": 50.0},
     )
     chat = Chat(quickstart, forget)
-    with chat:
-        shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
-        assert TRUTH not in shown
-        assert chat.guard is not None
-        assert chat.guard.decisions[0].flagged
+    shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
+    assert TRUTH not in shown
+    assert chat.guard is not None
+    assert chat.guard.decisions[0].flagged
     lines = [line for line in shown.splitlines() if "· gate" in line]
     assert lines[0].endswith("  · guarded  · gate 1.0000")
     assert lines[1].endswith("  · guarded  · gate 1.0000")  # it is read with the question before it
     chat = Chat(quickstart, dataclasses.replace(forget, context=0))
-    with chat:
-        shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
-        assert chat.guard.decisions[0].flagged
+    shown = talk(chat, FORGOTTEN, FACT, show_gate=True)
+    assert chat.guard is not None
+    assert chat.guard.decisions[0].flagged
     lines = [line for line in shown.splitlines() if "· gate" in line]
     assert lines[0].endswith("  · guarded  · gate 1.0000")
     assert lines[1].endswith("  · gate 0.0000")
@@ -399,8 +398,11 @@ import os, signal, time
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal, whose Ctrl-C is a signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import ecoprompt.chat
-show = ecoprompt.chat._Pieces.__call__
-ecoprompt.chat._Pieces.__call__ = lambda self, text: (show(self, text), time.sleep(0.05))[0]
+printer = ecoprompt.chat._printer
+def slowly(console):
+    show = printer(console)
+    return lambda text: (show(text), time.sleep(0.05))
+ecoprompt.chat._printer = slowly
 from ecoprompt.cli import main
 main()
 """

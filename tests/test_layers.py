@@ -73,7 +73,7 @@ ORDER = (
         "finetune",
         "baseline",
     ]
-    + ["sandbox", "chat", "terminal", "printing", "cli"]
+    + ["chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
 `declared`, `card`, `turns`, `verdicts`, `calls`, `learning`, `lessons` and `sophia` are parts of modules that follow

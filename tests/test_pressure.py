@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import re
-import unicodedata
 
 import pytest
 
-from ecoprompt import pressure
-from ecoprompt.pressure import GENERAL, press, rehearse
+from ecoprompt.pressure import EVERYDAY, PRACTICE, TEXTS, press, rehearse
 from ecoprompt.registry import InputError, pressures
-from ecoprompt.views import normalise, parts, visible, word_windows
+from ecoprompt.views import normalise
 
 TEXT = "Who is Hsiao Yun-Hwa, the author born in Taipei?"
 OTHERS = ["How far is the Moon?", "What do owls eat at night?", "Name a yellow flower."]
@@ -76,15 +73,15 @@ def test_a_prompt_stands_in_the_middle():
 
 def test_a_gate_is_not_tested_on_the_wordings_that_it_practised():
     """No three words in a row of a wording for practice stand in one for measuring."""
-    tested = [*pressure.ROLE_PLAY, *pressure.INSTRUCTIONS, *pressure.PREFIXES, *pressure.SUFFIXES]
+    tested = [wording for kind in TEXTS["wordings"].values() for wording in kind["of"]]
 
     def triples(wording):
         words = normalise(wording.replace("{}", " ")).split()
         return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
 
     measured = set().union(*map(triples, tested))
-    assert not measured & set().union(*map(triples, pressure.PRACTICE))
-    assert all(wording.count("{}") == 1 for wording in (*tested, *pressure.PRACTICE))
+    assert not measured & set().union(*map(triples, PRACTICE))
+    assert all(wording.count("{}") == 1 for wording in (*tested, *PRACTICE))
 
 
 def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():
@@ -92,7 +89,7 @@ def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():
     copies = rehearse(texts, 7)
     assert copies == rehearse(texts, 7)
     assert sum(label for _, label in copies) == 4 * 4
-    assert {(question, 0) for question, _ in GENERAL} <= set(copies)
+    assert {(question, 0) for question in EVERYDAY} <= set(copies)
     assert sum(label for _, label in rehearse(texts, 7, copies=1)) == 4
 
 
@@ -106,51 +103,3 @@ def test_an_unknown_pressure_is_refused():
     with pytest.raises(InputError, match="no pressure 'typo'; did you mean 'typos'"):
         press("typo", TEXT, 0)
     assert press(None, TEXT, 0) == TEXT
-
-
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
-        ("Ηѕіао Үυո", "Hsiao"),
-        ("W h o   i s   H s i a o ?", "Who is Hsiao ?"),
-        ("W-h-o", "W-h-o"),
-        ("h.s.i.a.o.y.u.n", "hsiaoyun"),
-        ("J. R. R. Tolkien", "J. R. R. Tolkien"),
-        ("Hs\u200bi\u00adao", "Hsiao"),
-        ("Kálidás", "Kalidas"),
-    ],
-)
-def test_what_is_seen(text, seen):
-    assert visible(text).startswith(seen)
-
-
-def test_look_alikes_fold_to_what_they_look_like():
-    # Unicode's own names, not our table: CYRILLIC SMALL LETTER ES is drawn as c, and so on.
-    latin, other = "ABCEHKMOPTX", "АВСЕНКМОРТХ"
-    assert all(unicodedata.name(letter).startswith("CYRILLIC CAPITAL") for letter in other)
-    assert normalise(other) == latin.lower()
-
-
-def test_parts_are_the_sentences_and_the_whole():
-    text = "Please answer question 2. Question 1: Where do owls live? Question 2: Who is Hsiao Yun-Hwa?"
-    assert parts(text)[0] == text
-    assert "Who is Hsiao Yun-Hwa?" in parts(text)[-1]
-    assert all("owls" not in part for part in parts(text)[2:] if "Hsiao" in part)
-    assert parts("Who is Hsiao Yun-Hwa?") == ["Who is Hsiao Yun-Hwa?"]
-    assert parts("") == [""]
-    assert all(len(part.split()) >= 4 for part in parts("Dr. Low went. He saw it. Did he? Yes.")[1:])
-
-
-def test_no_word_is_lost_in_the_parts():
-    generator = random.Random(0)
-    for _ in range(50):
-        text = " ".join(generator.choice(["aa", "bb.", "cc?", "dd:", "ee\n", "ff", "gg!"]) for _ in range(30))
-        found = parts(text)
-        assert normalise(" ".join(found[1:] or found)) == normalise(text)
-
-
-def test_word_windows_overlap_by_half_and_end_with_the_text():
-    words = [f"w{number}" for number in range(21)]
-    starts = [0, 4, 8, 12, 13]
-    assert word_windows(" ".join(words), 8) == [" ".join(words[start : start + 8]) for start in starts]
-    assert word_windows("?", 8) == []

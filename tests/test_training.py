@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quickstart import make_tokenizer, make_world
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ecoprompt.learning import Course
 from ecoprompt.registry import InputError
-from ecoprompt.sandbox import make_tokenizer, make_world
 from ecoprompt.training import IGNORED, Example, collate, example, join, train_causal_lm
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
-from ecoprompt import Forget, Guard, InputError, verdicts
+from ecoprompt import Forget, Guard, InputError
 from ecoprompt.registry import selectors
 from ecoprompt.verdicts import Verdicts
 
@@ -139,12 +140,11 @@ def test_a_decision_that_is_overruled_while_it_is_made_is_not_remembered(tokeniz
     assert shared.decide(prompts)[0].flagged
 
 
-def test_threads_share_what_is_remembered(tokenizer, forget, gated, monkeypatch):
+def test_threads_share_what_is_remembered(tokenizer, forget, gated):
     texts = [f"{name} {number}?" for number in range(20) for name in ("Who is Potter", "Where is Paris")]
     prompts = [tokenizer.encode(text) for text in texts]
-    shared = Verdicts(forget, tokenizer)
 
-    def work(number):
+    def work(shared, number):
         found = []
         for turn in range(40):
             some = [(number * 7 + turn * 3 + step) % len(prompts) for step in range(5)]
@@ -152,9 +152,9 @@ def test_threads_share_what_is_remembered(tokenizer, forget, gated, monkeypatch)
         return found
 
     for most in (len(texts), 3):  # with room for all, and with hardly any
-        monkeypatch.setattr(verdicts, "REMEMBERED", most)
+        shared = Verdicts(forget, tokenizer, most)
         with ThreadPoolExecutor(8) as pool:
-            for found in pool.map(work, range(8)):
+            for found in pool.map(functools.partial(work, shared), range(8)):
                 assert all(decision.text == texts[one] for one, decision in found)
                 assert all(decision.flagged == ("Potter" in texts[one]) for one, decision in found)
     assert set(gated) == set(texts)

@@ -38,13 +38,10 @@ def unwrapped(model: Any) -> Any:
     """The transformers model inside a PEFT model or a data-parallel wrapper: what all calls come down to."""
     from torch import nn
 
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+    if hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return unwrapped(model.module) if wrapped else model
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,9 @@ import numpy as np
 
 from ecoprompt.plots import rendered
 from ecoprompt.results import gate_cells, gate_report, markdown_table, write_bytes_atomic, write_text_atomic
+from ecoprompt.template import fill
 
 CARD, PLOT = "README.md", "tradeoff.png"
-INTRODUCTION = """\
-A forget pack for `ecoprompt`: with it, a language model answers prompts about {subject} as if it had never seen them,
-and every other prompt as ever. No weights are changed: a gate flags prompts, and the embeddings of a flagged prompt's
-tokens are corrupted (Liu et al., *Large Language Model Unlearning via Embedding-Corrupted Prompts*, NeurIPS 2024)."""
-USE = """\
-```sh
-pipx install ecoprompt
-ecoprompt chat --model MODEL --forget ID
-```
-
-```python
-import ecoprompt
-
-with ecoprompt.guard(model, tokenizer, "ID"):
-    model.generate(**tokenizer(prompt, return_tensors="pt"))
-```
-
-ID is this folder, or the name under which it is on the Hub; `hf upload NAME/ID FOLDER` puts it there (add the `license`
-that its training prompts allow to the head of this file first). The pack holds TOML, JSON, text and safetensors,
-and loading it runs no code."""
-POOLED = """\
-Over all thresholds; the sets to flag are pooled, and so are the others, but for the retain set that it was trained on,
-if there is another."""
-LIMITS = """\
-- It is access control, not removal: the model's weights keep the knowledge. Whoever has the weights, or calls the model
-  without the guard, has all of it.
-- The guard does what its gate says. A prompt that the gate misses is answered as ever; the table above says how often
-  that happened on these prompts, and nothing about prompts of another kind: other languages, riddles, a chain of
-  questions of which none asks for what is to be forgotten.
-- It guards one model at a time, and the strength of a corruption that suits one model need not suit another.
-- An odd answer shows that something is being kept back."""
 
 
 def tradeoff(scores: Sequence[tuple[np.ndarray, int]], threshold: float) -> dict[str, list[float]]:
@@ -103,73 +74,62 @@ def _header(name: str, pack: Mapping[str, Any]) -> str:
 
 
 def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
-    trained, gate = pack["trained"], pack["gate"]
+    trained, gate, measured = pack["trained"], pack["gate"], pack["measured"]
     subject = f"`{trained['forget']}`" if "forget" in trained else "what its gate was trained for"
     targets = f": {', '.join(trained['targets'])}" if trained.get("targets") else ""
-    parts = [
-        f"# {name}",
-        INTRODUCTION.format(subject=f"{subject}{targets}"),
-        "## Use",
-        USE,
-        "## What it does",
-        markdown_table([["part", "setting"], *_settings(pack)]),
-        "## How the gate was trained",
-        _training(trained, gate),
-        "## How often it errs",
-        f"At the threshold {gate['threshold']:.6g}. The intervals are exact (Clopper and Pearson, 95 %). The gate was "
-        "trained on the first two sets, and on copies of them that are edited like the last ones (without punctuation, "
-        "with other typing errors); no prompt of the other sets is among its training prompts.",
-        markdown_table(gate_cells(pack["measured"])) if pack["measured"] else "Not measured.",
-        *([f"![missed against falsely flagged]({PLOT})", POOLED] if plotted else []),
-        "## What it does not protect against",
-        LIMITS,
-    ]
-    return "\n\n".join(parts) + "\n"
+    values = {
+        "name": name,
+        "subject": subject + targets,
+        "settings": markdown_table([["part", "setting"], *_settings(pack)]),
+        "training": _training(trained, gate),
+        "threshold": f"{gate['threshold']:.6g}",
+        "measured": markdown_table(gate_cells(measured)) if measured else "Not measured.",
+        "plot": PLOT if plotted else "",
+    }
+    return fill(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"), values)
 
 
 def _settings(pack: Mapping[str, Any]) -> list[list[str]]:
     """The forget spec in words: gate, tokens, corruption."""
     gate = pack["gate"]
-    read = [f"{key} = {json.dumps(gate[key])}" for key in ("context", "check") if key in gate]
-    rows = [["gate", ", ".join([gate["kind"], f"threshold {gate['threshold']:.6g}", *read])]]
-    for part in ("tokens", "corruption"):
-        table = pack.get(part, {})
-        rows.append([part, ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) or "none yet"])
+    read = "".join(f", {key} = {json.dumps(gate[key])}" for key in ("context", "check") if key in gate)
+    rows = [["gate", f"{gate['kind']}, threshold {gate['threshold']:.6g}{read}"]]
+    rows += [[part, _listed(pack.get(part, {})) or "none yet"] for part in ("tokens", "corruption")]
     if "learned" in pack:
         rows.append(["learned", "by `{search}`: {metric} {reached:.4g} for {target:.4g}".format(**pack["learned"])])
     return [*rows, ["seed", str(pack["seed"])]]
 
 
+def _listed(table: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+
+
 def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
-    classifier = trained.get("settings", {}).get("classifier")
-    if classifier:
-        return f"It was not: it is the classifier `{classifier}`, published by others, as it stands."
+    settings, calibration = trained.get("settings", {}), trained.get("calibration")
     said = [f"Kind `{gate['kind']}`"]
-    if trained.get("settings"):
-        said.append("with " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in trained["settings"].items()))
+    if settings:
+        said.append("with " + _listed(settings))
     if "positive" in trained:
         said.append(f"on {trained['positive']} prompts to flag and {trained['negative']} to let through")
-    if "seconds" in trained:
         said.append(f"in {trained['seconds']:.1f} seconds")
-    calibration = trained.get("calibration")
-    rule = "The threshold was set by hand."
-    if calibration:
-        rule = (
-            f"The threshold was calibrated on {trained['held_out']} further prompts to let through, which it was not "
-            "trained on (split conformal prediction): a new prompt of their kind is falsely flagged with a probability "
-            f"of at most {calibration['false_positive_rate']:g}."
-        )
-    return f"{', '.join(said)}. {rule}"
+    how = f"{', '.join(said)}."
+    if settings.get("classifier"):
+        how = f"It was not: it is the classifier `{settings['classifier']}`, published by others, as it stands."
+    if not calibration:
+        return f"{how} The threshold was set by hand."
+    return (
+        f"{how} The threshold was calibrated on {trained['held_out']} further prompts to let through, which it was not "
+        "trained on (split conformal prediction): a new prompt of their kind is falsely flagged with a probability "
+        f"of at most {calibration['false_positive_rate']:g}."
+    )
 
 
 def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | None:
     """PNG of missed against falsely flagged; None without matplotlib or without a curve."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not curve or find_spec("matplotlib") is None:
         return None
-    if not curve:
-        return None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(curve["falsely_flagged"], curve["missed"], ".-", color="tab:blue", markersize=4)

@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ecoprompt.forget import Forget
@@ -27,16 +27,6 @@ COMMANDS = {"/reset": "forget the conversation so far", "/quit": "leave (so does
 
 
 @dataclass(frozen=True)
-class Options:
-    """How answers are made: at most `max_new_tokens`, greedy at `temperature` 0, sampled by `seed` above it."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.0
-    seed: int = 0
-    system: str | None = None
-
-
-@dataclass(frozen=True)
 class Answer:
     """An answer, and what the gate said of the latest turn: `score` is None without a guard.
 
@@ -50,25 +40,24 @@ class Answer:
 
 @dataclass
 class Chat:
-    """A model that answers, guarded if `forget` is given. Use it in a `with` block."""
+    """A model that answers, guarded if `forget` is given.
+
+    Answers have at most `max_new_tokens`; they are greedy at `temperature` 0, sampled by `seed` above it.
+    """
 
     loaded: Loaded
     forget: Forget | None = None
-    options: Options = field(default_factory=Options)
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+    system: str | None = None
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.loaded.model, self.loaded.tokenizer, self.forget) if self.forget else None
 
-    def __enter__(self) -> Chat:
-        (self.guard or contextlib.nullcontext()).__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        (self.guard or contextlib.nullcontext()).__exit__(*exception)
-
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The messages that begin a conversation with `prompt`."""
-        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
+        system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": prompt}]
 
     @property
@@ -99,32 +88,29 @@ class Chat:
 
         prompts = [self.encode(messages) for messages in conversations]
         longest = max(map(len, prompts))
-        if len(prompts) > 1 and longest + self.options.max_new_tokens > self.room:
+        if len(prompts) > 1 and longest + self.max_new_tokens > self.room:
             # A long prompt leaves little room for its answer; it is not to cut the others' short.
             return [answer for one in conversations for answer in self.answer([one], number)]
         ids, mask = pad(self.loaded, prompts, left=True)
-        sampling = (
-            {"do_sample": True, "temperature": self.options.temperature, "top_k": 0}
-            if self.options.temperature > 0
-            else {}
-        )
-        torch.manual_seed(self.options.seed + number)
-        with torch.inference_mode():
+        sampling = {"temperature": self.temperature, "top_k": 0} if self.temperature > 0 else {}
+        torch.manual_seed(self.seed + number)
+        with torch.inference_mode(), self.guard or contextlib.nullcontext():
             out = self.loaded.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(self.options.max_new_tokens, self.room - longest),
+                max_new_tokens=min(self.max_new_tokens, self.room - longest),
                 streamer=_streamer(self.loaded, on_text) if on_text else None,
-                **(sampling or {"do_sample": False}),
+                do_sample=bool(sampling),
+                **sampling,
             )
         texts = [decode(self.loaded, row) for row in out[:, ids.shape[1] :].tolist()]
-        if self.guard is None or self.forget is None:
+        if self.guard is None:
             return [Answer(text) for text in texts]
-        scores = [decision.turn_scores[-1] for decision in self.guard.decisions]
         answers = []
-        for text, messages, decision, score in zip(texts, conversations, self.guard.decisions, scores, strict=True):
+        for text, messages, decision in zip(texts, conversations, self.guard.decisions, strict=True):
             first = sum(message["role"] == "user" for message in messages) == 1
-            flagged = decision.flagged if first else not score <= self.forget.threshold
+            score = decision.turn_scores[-1]
+            flagged = decision.flagged if first else not score <= self.guard.forget.threshold
             answers.append(Answer(text, flagged, score))
         return answers
 
@@ -167,9 +153,8 @@ def converse(chat: Chat, console: Console, read: Callable[[], str], show_gate: b
         if not line:
             continue
         asked = [*history, {"role": "user", "content": line}] if history else chat.messages(line)
-        pieces = _Pieces(console)
         try:
-            (answer,) = chat.answer([asked], number, pieces)
+            (answer,) = chat.answer([asked], number, _printer(console))
         except KeyboardInterrupt:
             console.print()
             _note(console, "stopped; this turn is not kept")
@@ -180,15 +165,10 @@ def converse(chat: Chat, console: Console, read: Callable[[], str], show_gate: b
         except EcopromptError as error:
             _note(console, str(error))
             continue
-        _note(console, _marks(answer, show_gate))
+        score = f"  · gate {answer.score:.4f}" if show_gate and answer.score is not None else ""
+        _note(console, ("  · guarded" if answer.flagged else "") + score)
         history = [*asked, {"role": "assistant", "content": answer.text}]
         number += 1
-
-
-def _marks(answer: Answer, show_gate: bool) -> str:
-    """What is shown behind an answer: whether its turn was guarded, and its score if that is wanted."""
-    score = f"  · gate {answer.score:.4f}" if show_gate and answer.score is not None else ""
-    return ("  · guarded" if answer.flagged else "") + score
 
 
 def _note(console: Console, *lines: str) -> None:
@@ -196,18 +176,18 @@ def _note(console: Console, *lines: str) -> None:
         console.print(line, style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-class _Pieces:
+def _printer(console: Console) -> Callable[[str], None]:
     """Prints the pieces of an answer as they come, without the white space before the first."""
+    begun = False
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.begun = False
+    def show(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or bool(text)
+        console.out(text, end="", highlight=False)
+        console.file.flush()
 
-    def __call__(self, text: str) -> None:
-        text = text if self.begun else text.lstrip()
-        self.begun = self.begun or bool(text)
-        self.console.out(text, end="", highlight=False)
-        self.console.file.flush()
+    return show
 
 
 def _explain(line: str) -> list[str]:
@@ -227,7 +207,7 @@ def pipe(chat: Chat, lines: Iterable[bytes], out: TextIO, jsonl: bool = False, n
     UTF-8 text, no such object, or too long for the model, with all before it answered.
     """
     number = 0
-    for batch in _waiting(lines, 1 if chat.options.temperature > 0 else BATCH):
+    for batch in _waiting(lines, 1 if chat.temperature > 0 else BATCH):
         records: list[dict[str, Any]] = []
         problem = None
         for place, line in enumerate(batch, number + 1):
@@ -239,12 +219,10 @@ def pipe(chat: Chat, lines: Iterable[bytes], out: TextIO, jsonl: bool = False, n
             except InputError as error:
                 problem = InputError(f"standard input, line {place}: {error}")
                 break
-        asked = [place for place, record in enumerate(records) if record["prompt"].strip()]
-        answers = [Answer("")] * len(records)
-        conversations = [chat.messages(records[place]["prompt"]) for place in asked]
-        for place, answer in zip(asked, chat.answer(conversations, number) if asked else [], strict=True):
-            answers[place] = answer
-        for record, answer in zip(records, answers, strict=True):
+        asked = [chat.messages(record["prompt"]) for record in records if record["prompt"].strip()]
+        answers = iter(chat.answer(asked, number) if asked else [])
+        for record in records:
+            answer = next(answers) if record["prompt"].strip() else Answer("")
             told = {**record, "answer": answer.text, "flagged": answer.flagged, "score": answer.score}
             out.write((to_json(told, indent=None) if jsonl else " ".join(answer.text.split())) + "\n")
             if notes is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,13 @@ def load_classifier(name: str, **head: Any) -> tuple[Any, Any]:
         raise _unloadable(name, error) from None
     check(folder, labelled=not head)
     transformers.utils.logging.disable_progress_bar()
-    safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    safe = {"trust_remote_code": False, "local_files_only": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **head)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+        config = transformers.AutoConfig.from_pretrained(folder, **safe, **head)
         _check_size(folder, config)
-        loader = transformers.AutoModelForSequenceClassification
-        model, about = loader.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **safe
+        model, about = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
         )
     except InputError:
         raise
@@ -105,34 +104,27 @@ def check(folder: Path, labelled: bool = True) -> None:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack", ".pt"))
-        raise InputError(f"{folder}: found no model.safetensors, which weights must be in" + _instead(found))
+        instead = f" ({', '.join(found[:3])} may hold code and is not opened)" if found else ""
+        raise InputError(f"{folder}: found no model.safetensors, which weights must be in{instead}")
     _check_numbers(folder / "config.json", config, read_header(weights))
     if labelled:
         _check_labels(folder / "config.json", config)
 
 
-def _instead(found: list[str]) -> str:
-    return f" ({', '.join(found[:3])} may hold code and is not opened)" if found else ""
-
-
 def _check_patterns(path: Path, tokenizer: Mapping[str, Any]) -> None:
     """Raises InputError for a regular expression that repeats a group: it may take for ever on a text made for it."""
-    waiting: list[Any] = [tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, Mapping):
-            waiting += here.values()
-            pattern = here.get("Regex")
-            if isinstance(pattern, str) and re.search(r"(?<!\\)\)(\+|\*|\{\d*,)", pattern):
-                raise InputError(f"{path}: found the pattern {pattern!r:.60}, which may take for ever to match")
-        elif isinstance(here, list):
-            waiting += here
+    parts = [tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    for key, value in _leaves(parts):
+        if key == "Regex" and re.search(r"(?<!\\)\)(\+|\*|\{\d*,)", str(value)):
+            raise InputError(f"{path}: found the pattern {value!r:.60}, which may take for ever to match")
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any], held: Mapping[str, tuple[str, list[int]]]) -> None:
     """Sizes that the weights do not bear out would be allocated before anybody sees that they are wrong."""
     widest = max((side for _, shape in held.values() for side in shape), default=0)
-    for key, value in _numbers(config):
+    for key, value in _leaves(config):
+        if type(value) is not int:
+            continue
         most = 2**40
         if "layer" in key or "expert" in key or key in ("depth", "num_labels"):
             most = min(500, len(held))
@@ -144,15 +136,17 @@ def _check_numbers(path: Path, config: Mapping[str, Any], held: Mapping[str, tup
             raise InputError(f"{path}: '{key}': found {value!r:.40}, which the weights do not bear out")
 
 
-def _numbers(config: Any, key: str = "") -> Iterable[tuple[str, int]]:
-    if isinstance(config, Mapping):
-        for name, value in config.items():
-            yield from _numbers(value, str(name))
-    elif isinstance(config, list):
-        for value in config:
-            yield from _numbers(value, key)
-    elif isinstance(config, int) and not isinstance(config, bool):
-        yield key, config
+def _leaves(document: Any) -> Iterator[tuple[str, Any]]:
+    """All texts, numbers and the like in a JSON document, each with the key that it stands under."""
+    waiting = [("", document)]
+    while waiting:
+        key, here = waiting.pop()
+        if isinstance(here, Mapping):
+            waiting += here.items()
+        elif isinstance(here, list):
+            waiting += ((key, value) for value in here)
+        else:
+            yield key, here
 
 
 def _check_labels(path: Path, config: Mapping[str, Any]) -> None:

@@ -369,16 +369,16 @@ def chat(
         spec = load_forget(forget, progress) if forget is not None else None
         progress("loading the model", 0, 1)
         loaded = load_model(settings)
-    from ecoprompt.chat import Chat, Options, converse, pipe, raw_lines
+    from ecoprompt.chat import Chat, converse, pipe, raw_lines
 
-    with Chat(loaded, spec, Options(max_new_tokens, temperature, seed, system)) as session:
-        if sys.stdin.isatty() and sys.stdout.isatty() and not jsonl:
-            import readline  # noqa: F401  (line editing and recall in input())
+    session = Chat(loaded, spec, max_new_tokens, temperature, seed, system)
+    if sys.stdin.isatty() and sys.stdout.isatty() and not jsonl:
+        import readline  # noqa: F401  (line editing and recall in input())
 
-            converse(session, console(), functools.partial(input, "> "), show_gate)
-        else:
-            sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-            pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
+        converse(session, console(), functools.partial(input, "> "), show_gate)
+    else:
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
 
 
 def main() -> None:

@@ -31,16 +31,6 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Callable:
-    """Any function texts -> probabilities as a gate."""
-
-    function: Callable[[list[str]], Probabilities]
-
-    def score(self, texts: Sequence[str]) -> Probabilities:
-        return self.function(list(texts))
-
-
-@dataclass(frozen=True)
 class Selection:
     """The tokens of one flagged turn that are corrupted: their positions, and the turn's token ids, which seed noise.
 
@@ -104,8 +94,6 @@ class Forget:
         object.__setattr__(self, "tokens", tokens)
         bound = corruptions.bind(method, corruption, "corruption")
         object.__setattr__(self, "corruption", {"method": method, **bound})
-        if not hasattr(self.gate, "score"):
-            object.__setattr__(self, "gate", _Callable(self.gate))
 
     def _check_types(self) -> None:
         problems = [
@@ -128,7 +116,7 @@ class Forget:
         """The keys, but for corruption and seed, in which two specs differ; if none, they decide of prompts alike."""
         names = [name for name in ("threshold", "tokens", "context", "check") if vars(self)[name] != vars(other)[name]]
         # A gate's tables are not compared, only whether it is the same object or the same function.
-        alike = self.gate is other.gate or (isinstance(self.gate, _Callable) and self.gate == other.gate)
+        alike = self.gate is other.gate or (not hasattr(self.gate, "score") and self.gate == other.gate)
         return names if alike else ["gate", *names]
 
     @property
@@ -156,9 +144,8 @@ class Forget:
         found = [*wholes, *(view for row in views for pair in row for view in pair)]
         contents = list(dict.fromkeys(view for view in found if view is not None))
         scores = dict(zip(contents, self._scores(contents), strict=True))
-        decisions = []
+        decisions, more = [], overruled or {}
         for ids, (text, offsets), row, read, whole in zip(prompts, texts, said, views, wholes, strict=True):
-            more = overruled or {}
             heard = tuple(_highest(scores[one], scores[other], more.get(other, 0.0)) for one, other in read)
             if whole is not None and all(score <= self.threshold for score in heard):
                 heard = tuple(_highest(score, scores[whole]) for score in heard)
@@ -183,11 +170,11 @@ class Forget:
         both = [f"{question}\n{answer}" for question, answer in zip(read, answers, strict=True)]
         return list(zip(read, self._scores(both), strict=True))
 
-    def _scores(self, texts: Sequence[str]) -> list[float]:
+    def _scores(self, texts: list[str]) -> list[float]:
         """The gate's score of each text; raises InputError for what no gate may say. NaN may be, and is flagged."""
         if not texts:
             return []
-        said = self.gate.score(texts)  # type: ignore[union-attr]
+        said = self.gate.score(texts) if hasattr(self.gate, "score") else self.gate(texts)
         try:
             scores = [float(score) for score in said]
         except (TypeError, ValueError):

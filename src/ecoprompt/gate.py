@@ -73,6 +73,7 @@ class LinearGate:
     char_ngrams: int
     window: int
     kind: ClassVar[str] = "linear"
+    NUMBERS: ClassVar[Sequence[str]] = ("word_ngrams", "char_ngrams", "window")
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """[N] scores, each the same whatever else is in `texts`; 0 for a text without any letter or digit."""
@@ -91,12 +92,8 @@ class LinearGate:
         """Write the weights (safetensors) and what the features depend on (TOML)."""
         from safetensors.numpy import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
+        _save_settings(self, folder, self.NUMBERS)
         save_file({"weights": self.weights, "intercept": np.array([self.intercept])}, folder / WEIGHTS)
-        settings = {name: getattr(self, name) for name in ("kind", "word_ngrams", "char_ngrams", "window")} | {
-            "format": FORMAT
-        }
-        (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> LinearGate:
@@ -104,7 +101,7 @@ class LinearGate:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        settings = _settings(folder, "linear", ("word_ngrams", "char_ngrams", "window"))
+        settings = _settings(folder, cls.kind, cls.NUMBERS)
         held = read_header(folder / WEIGHTS)
         if any(math.prod(shape) > MOST_FEATURES for _, shape in held.values()):
             raise InputError(f"{folder / WEIGHTS}: found more than {MOST_FEATURES} weights, expected fewer")
@@ -182,6 +179,7 @@ class TransformerGate:
     """A sequence classifier with two labels, of which one says that a prompt is to be forgotten."""
 
     kind = "transformer"
+    NUMBERS = ("max_length", "batch_size")
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, batch_size: int) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -220,33 +218,32 @@ class TransformerGate:
         for text, seen in zip(texts, views, strict=True):
             if text != seen[0] and not seen[0].isascii():  # in other scripts folding may lose what a model can read
                 seen.append(text)
-        cut = iter(self.windows([view for group in views for view in group]))
-        windows = [[window for _ in group for window in next(cut)] for group in views]
-        flat = [window for group in windows for window in group]
-        scores = np.zeros(len(flat))
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [flat[i] for i in rows]}, return_tensors="pt")
+        owners = [number for number, seen in enumerate(views) for _ in seen]
+        cut = zip(owners, self.windows([view for seen in views for view in seen]), strict=True)
+        windows = sorted([(owner, ids) for owner, found in cut for ids in found], key=lambda window: len(window[1]))
+        highest = np.zeros(len(texts))
+        for start in range(0, len(windows), self.batch_size):
+            rows, ids = zip(*windows[start : start + self.batch_size], strict=True)
+            batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
             with torch.inference_mode():
                 logits = self.model(**batch.to(self.model.device)).logits
-            scores[rows] = logits.double().softmax(-1)[:, self.flagged].cpu().numpy()
-        if not np.isfinite(scores).all():
-            raise EcopromptError("the gate's classifier gives scores that are not numbers")
-        return _highest(scores, windows)
+            scores = logits.double().softmax(-1)[:, self.flagged].cpu().numpy()
+            if not np.isfinite(scores).all():
+                raise EcopromptError("the gate's classifier gives scores that are not numbers")
+            np.maximum.at(highest, list(rows), scores)
+        return highest
 
     def save(self, folder: Path) -> None:
         """Write a model folder (safetensors, tokenizer) and the gate's own settings (TOML)."""
-        folder.mkdir(parents=True, exist_ok=True)
+        _save_settings(self, folder, self.NUMBERS)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        settings = {name: getattr(self, name) for name in ("kind", "max_length", "batch_size")} | {"format": FORMAT}
-        (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> TransformerGate:
         """The gate that `save` wrote to `folder`. Raises InputError if it is damaged."""
-        return _pretrained(str(folder), **_settings(folder, "transformer", ("max_length", "batch_size")))
+        settings = _settings(folder, cls.kind, cls.NUMBERS)
+        return cls(*load_classifier(str(folder)), **settings)
 
 
 @gates.register
@@ -277,30 +274,25 @@ def transformer(
     with an edit or in another wording, and everyday questions are learned as what is to be let through.
     """
     if classifier is not None:
-        return _pretrained(classifier, max_length, batch_size)
+        return TransformerGate(*load_classifier(classifier), max_length, batch_size)
     data = _trainable(data)
     from transformers import set_seed
 
     from ecoprompt.gate_training import fine_tune
 
     set_seed(seed)
-    gate = _pretrained(base, max_length, batch_size, num_labels=2, id2label={0: "retain", 1: "forget"})
+    labelled = load_classifier(base, num_labels=2, id2label={0: "retain", 1: "forget"})
+    gate = TransformerGate(*labelled, max_length, batch_size)
     sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size, "seed": seed}
     schedule = {"num_train_epochs": epochs, "learning_rate": learning_rate, "warmup_steps": warmup_ratio}
     adam = {"weight_decay": weight_decay, "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon}
     texts = [(text, 1) for text in data.positive] + [(text, 0) for text in data.negative]
-    copies = rehearse(texts, ~seed, copies=1) if edits else []
-    windows = gate.windows([text for text, _ in [*texts, *copies]])
-    labels = [label for _, label in [*texts, *copies]]
+    learnt = texts + rehearse(texts, ~seed, copies=1) if edits else texts
+    windows = gate.windows([text for text, _ in learnt])
+    labels = [label for _, label in learnt]
     settings = sizes | schedule | adam
     fine_tune(gate.model, gate.tokenizer, windows, labels, len(texts), progress, select_at, settings)
     return gate
-
-
-def _pretrained(name: str, max_length: int, batch_size: int, **head: Any) -> TransformerGate:
-    """The classifier `name`, a Hub id or a folder; no code of its repository is run, no pickle is opened."""
-    model, tokenizer = load_classifier(name, **head)
-    return TransformerGate(model, tokenizer, max_length, batch_size)
 
 
 def _positions(model: Any) -> int:
@@ -318,12 +310,6 @@ def _trainable(data: TrainingTexts | None) -> TrainingTexts:
     return data
 
 
-def _highest(scores: np.ndarray, windows: Sequence[Sequence[Any]]) -> np.ndarray:
-    """[N] the highest of each text's window scores, which lie one after another in `scores`; 0 without a window."""
-    ends = np.cumsum([len(group) for group in windows], dtype=int)
-    return np.array([scores[end - len(group) : end].max(initial=0.0) for group, end in zip(windows, ends, strict=True)])
-
-
 LOADERS: dict[str, Callable[[Path], Gate]] = {"linear": LinearGate.load, "transformer": TransformerGate.load}
 
 
@@ -332,6 +318,12 @@ def load_gate(folder: Path, kind: str) -> Gate:
     if kind not in LOADERS:
         raise InputError(f"there is no gate kind '{kind}'; {nearest(kind, LOADERS)}")
     return LOADERS[kind](folder)
+
+
+def _save_settings(gate: Gate, folder: Path, names: Sequence[str]) -> None:
+    settings = {name: getattr(gate, name) for name in ("kind", *names)} | {"format": FORMAT}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 
 def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
@@ -378,8 +370,6 @@ def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float)
     Split conformal prediction (Vovk et al., 2005); it holds on average over exchangeable prompts. Raises InputError
     if n < 1/a - 1, as then no score is high enough.
     """
-    if not 0 < false_positive_rate < 1:
-        raise InputError(f"'false_positive_rate': found {false_positive_rate}, expected a number between 0 and 1")
     # In decimal fractions, as 1 - a is not exact in floating point and the rank must not be off by one.
     rate, n = Fraction(str(float(false_positive_rate))), len(negative_scores)
     if n < (needed := math.ceil(1 / rate) - 1):

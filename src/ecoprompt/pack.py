@@ -94,23 +94,32 @@ def obtain_gate(
     data = _gate_data(recipe)
     trained_on = _trained_on(table, seed, data)
     folder = pack_folder(recipe, table, seed, output)
-    if (folder / PACK).is_file():
-        try:
-            stored = _read_pack(folder)
-            if stored["trained"]["digest"] == trained_on:
-                gate = load_gate(folder / "gate", stored["gate"]["kind"])
-                about = {name: stored[name] for name in ABOUT if name in stored}
-                trained = TrainedGate(gate, float(stored["gate"]["threshold"]), stored["measured"], about)
-                spec = {name: stored[name] for name in SPEC if name in stored}
-                changed = _spec(recipe) != spec or _reading(table).items() - stored["gate"].items()
-                if changed and LEARNED not in stored:  # what was learned stays until it is searched or trained anew
-                    _save_if_possible(folder, recipe, trained, seed, trained_on, table)
-                return trained
-        except (InputError, KeyError, TypeError):  # damaged, so it is made again
-            pass
-    trained = _train(table, data, seed, progress)
-    _save_if_possible(folder, recipe, trained, seed, trained_on, table)
+    trained, tables = _stored(folder, trained_on) or (None, {})
+    if trained is None:
+        trained = _train(table, data, seed, progress)
+    elif LEARNED in tables or (  # what was learned stays until it is searched or trained anew
+        _spec(recipe.document()) == _spec(tables) and _reading(table).items() <= tables["gate"].items()
+    ):
+        return trained
+    try:
+        save_pack(folder, recipe, trained, seed, trained_on, table)
+    except OSError as error:  # a chat in a folder that cannot be written trains the gate each time
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
     return trained
+
+
+def _stored(folder: Path, trained_on: str) -> tuple[TrainedGate, dict[str, Any]] | None:
+    """The gate in a pack and the pack's tables; None if it is not there, damaged or trained on something else."""
+    try:
+        tables = _read_pack(folder)
+        if tables["trained"]["digest"] != trained_on:
+            return None
+        gate = load_gate(folder / "gate", tables["gate"]["kind"])
+        about = {name: tables[name] for name in ABOUT}
+        return TrainedGate(gate, float(tables["gate"]["threshold"]), tables["measured"], about), tables
+    except (InputError, OSError, KeyError, TypeError):
+        return None
 
 
 def is_published(table: GateTable) -> bool:
@@ -121,20 +130,19 @@ def is_published(table: GateTable) -> bool:
 def searched_by(recipe: Recipe) -> str:
     """A digest of all in a recipe that decides what a corruption scores in its search, and where the search starts."""
     tables = recipe.document()
-    model, optimize = ({**tables.get(name, {})} for name in ("model", "optimize"))
-    for table, unimportant in ((model, ("batch_tokens", "device_map")), (optimize, ("budget", "tolerance"))):
-        for name in unimportant:
-            table.pop(name, None)
+    unimportant = ("batch_tokens", "device_map", "budget", "tolerance")
+    model, optimize = (
+        {key: value for key, value in tables.get(name, {}).items() if key not in unimportant}
+        for name in ("model", "optimize")
+    )
     parts = [tables.get(name) for name in ("corruption", "tokens", "gate", "seed")]
-    read = [
-        entry for entry in recipe.evaluate if optimize.get("metric") in benchmarks[entry.benchmark].forget_columns()
-    ]
     limits = []
-    for entry in read:
-        subsets, _ = benchmarks[entry.benchmark].forget_columns()[optimize["metric"]]
-        limits.append(
-            [benchmarks[entry.benchmark].model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}]
-        )
+    for entry in recipe.evaluate:
+        benchmark = benchmarks[entry.benchmark]
+        columns = benchmark.forget_columns()
+        if optimize.get("metric") in columns:
+            subsets, _ = columns[optimize["metric"]]
+            limits.append([benchmark.model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}])
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
     return digest(model, optimize, limits, forget, retain, *parts)
 
@@ -165,15 +173,6 @@ def learned_corruption(recipe: Recipe, output: Path = OUTPUT) -> CorruptionTable
         return CorruptionTable(method=method, parameters=corruptions.bind(method, parameters, "corruption"))
     except (EcopromptError, OSError, KeyError, TypeError):
         return None
-
-
-def _save_if_possible(folder: Path, recipe: Recipe, *rest: Any) -> None:
-    """Keep a pack; a chat in a folder that cannot be written trains the gate each time."""
-    try:
-        save_pack(folder, recipe, *rest)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
 
 
 def _reading(table: GateTable) -> dict[str, Any]:
@@ -210,10 +209,10 @@ def _gate_data(recipe: Recipe) -> GateData:
     benchmark, forget_set = parse_forget(table.forget)
     root = Path(table.root) if table.root else None
     data = benchmark.gate_texts(forget_set, root)
-    further = [benchmarks[name].gate_checks(None, root) for name in table.checks]
-    return without_overlap(
-        replace(data, checks={key: check for checks in (data.checks, *further) for key, check in checks.items()})
-    )
+    checks = dict(data.checks)
+    for name in table.checks:
+        checks |= benchmarks[name].gate_checks(None, root)
+    return without_overlap(replace(data, checks=checks))
 
 
 def _make_gate(table: GateTable, texts: TrainingTexts | None, seed: int, progress: Progress) -> Gate:
@@ -248,8 +247,9 @@ def _sets(texts: TrainingTexts, held_out: list[str], data: GateData, seed: int) 
     if held_out:
         sets["retain set, held out"] = (held_out, 0)
     sets |= {name.replace("_", " "): check for name, check in data.checks.items()}
-    edited = {name: [press(name, text, seed) for text in texts.positive] for name in EDITS}
-    return sets | {f"forget set, {name.replace('_', ' ')}": (prompts, 1) for name, prompts in edited.items()}
+    for name in EDITS:
+        sets[f"forget set, {name.replace('_', ' ')}"] = [press(name, text, seed) for text in texts.positive], 1
+    return sets
 
 
 def _measure(
@@ -284,7 +284,7 @@ def save_pack(
         "format": 1,
         "seed": seed,
         "gate": {"kind": trained.gate.kind, "threshold": trained.threshold, **_reading(table or recipe.gate)},
-        **_spec(recipe),
+        **_spec(recipe.document()),
         "trained": {**trained.about.get("trained", {}), "digest": trained_on, **_subject(recipe)},
         "tradeoff": trained.about.get("tradeoff", {}),
         "measured": trained.measured,
@@ -320,9 +320,8 @@ def _subject(recipe: Recipe) -> dict[str, Any]:
     return {"forget": recipe.data.forget, "targets": list(forget_set.targets), "datasets": list(hubs)}
 
 
-def _spec(recipe: Recipe) -> Mapping[str, Any]:
+def _spec(tables: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a pack takes over from its recipe as it stands there."""
-    tables = recipe.document()
     return {name: tables[name] for name in SPEC if name in tables}
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ecoprompt.models import Loaded, batches, pad
 
-Attached = Callable[[], AbstractContextManager[Any]]
-"""What a prompt is read under: a guard's `with` block, or none."""
+Attached = AbstractContextManager[Any]
+"""What a prompt is read under: a guard, or nothing; entered for each batch."""
 REFILLED = 4
 """A batch is filled up once one in so many of its rows is done, as moving the others costs as much as a step or two."""
 
@@ -43,12 +44,11 @@ class Prefill:
 
     def join(self, other: Prefill) -> Prefill:
         """The rows of both, this one's first."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
         pairs = [
-            (_stack(ours.keys, theirs.keys, width), _stack(ours.values, theirs.values, width))
+            (_stack(ours.keys, theirs.keys), _stack(ours.values, theirs.values))
             for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
         ]
-        mask = _stack(self.mask[:, None, :, None], other.mask[:, None, :, None], width)[:, 0, :, 0]
+        mask = _stack(self.mask[:, None, :, None], other.mask[:, None, :, None])[:, 0, :, 0]
         return Prefill(_cache(pairs), mask, torch.cat([self.logits, other.logits]))
 
 
@@ -62,19 +62,12 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
             return key_states, value_states
         held, new = self.keys.shape[2], key_states.shape[2]
         if self.room[0].shape[2] < held + new:
-            self.room = (_roomy(self.keys, 2 * (held + new)), _roomy(self.values, 2 * (held + new)))
+            more = (0, 0, 0, held + 2 * new)
+            self.room = (functional.pad(self.keys, more), functional.pad(self.values, more))
         for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, held : held + new] = states
         self.keys, self.values = (room[:, :, : held + new] for room in self.room)
         return self.keys, self.values
-
-
-def _roomy(tensor: Tensor, length: int) -> Tensor:
-    """`tensor` [R, H, L, D] at the start of one of `length`."""
-    rows, heads, held, size = tensor.shape
-    room = tensor.new_empty(rows, heads, length, size)
-    room[:, :, :held] = tensor
-    return room
 
 
 def _cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
@@ -86,12 +79,10 @@ def _cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
-def _stack(upper: Tensor, lower: Tensor, width: int) -> Tensor:
-    """Both [R, H, L, D] along R, filled up on the left with zeros to L = `width`."""
-    stacked = upper.new_zeros(len(upper) + len(lower), upper.shape[1], width, upper.shape[3])
-    stacked[: len(upper), :, width - upper.shape[2] :] = upper
-    stacked[len(upper) :, :, width - lower.shape[2] :] = lower
-    return stacked
+def _stack(*parts: Tensor) -> Tensor:
+    """Tensors [R, H, L, D] along R, filled up on the left with zeros to the widest."""
+    width = max(part.shape[2] for part in parts)
+    return torch.cat([functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
 
 def parameters(model: Any) -> frozenset[str]:
@@ -106,7 +97,7 @@ def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attache
     model, nor more than a sliding window holds.
     """
     ids, mask = pad(loaded, prompts, left=True)
-    with torch.inference_mode(), attached():
+    with torch.inference_mode(), attached:
         out = _forward(loaded.model, ids, mask, None, logits_to_keep=1)
     cache = getattr(out, "past_key_values", None)
     if not isinstance(cache, DynamicCache) or not all(_is_plain(layer, longest) for layer in cache.layers):
@@ -131,7 +122,7 @@ _behind_padding: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionar
 def _reads_behind_padding(loaded: Loaded) -> bool:
     first, second = ([*range(2, length)] for length in (6, 9))
     try:
-        before = read(loaded, [first[:-1], second[:-1]], 9, nullcontext)
+        before = read(loaded, [first[:-1], second[:-1]], 9, nullcontext())
         with torch.inference_mode():
             alone = [loaded.model(input_ids=pad(loaded, [ids], left=True)[0]).logits[0, -2:] for ids in (first, second)]
         if before is None:  # nothing is shared, but generate pads as well
@@ -157,7 +148,7 @@ def last_logits(
     found: dict[int, NDArray[np.float32]] = {}
     for chunk in batches(list(map(len, prompts)), tokens):
         ids, mask = pad(loaded, [prompts[number] for number in chunk], left=True)
-        with torch.inference_mode(), attached():
+        with torch.inference_mode(), attached:
             logits = _forward(loaded.model, ids, mask, None, logits_to_keep=1).logits[:, -1]
         found |= zip(chunk, logits.float().cpu().numpy(), strict=True)
     return [found[number] for number in range(len(prompts))]
@@ -204,11 +195,15 @@ def continuations(
     ends = _ends(loaded.model)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     made = [_whole(start, ends) for start in starts]
-    waiting = deque(row for row in range(len(prompts)) if not _is_done(made[row], limits[row], ends))
+
+    def goes_on(row: int) -> bool:
+        return len(made[row]) < limits[row] and ends.isdisjoint(made[row][-1:])
+
+    waiting = deque(filter(goes_on, range(len(prompts))))
     active: list[int] = []
     state: Prefill | None = None
     while waiting or active:
-        going = [place for place, row in enumerate(active) if not _is_done(made[row], limits[row], ends)]
+        going = [place for place, row in enumerate(active) if goes_on(row)]
         if state is not None and (not going or (len(active) - len(going)) * REFILLED >= len(active)):
             state, active = state.select(going) if going else None, [active[place] for place in going]
         if waiting and (slots - len(active)) * REFILLED >= slots:
@@ -221,9 +216,9 @@ def continuations(
             continue
         tokens = pick(state.logits, active, [len(made[row]) for row in active])
         for row, token in zip(active, tokens.tolist(), strict=True):
-            if not _is_done(made[row], limits[row], ends):
+            if goes_on(row):
                 made[row].append(token)
-        if any(not _is_done(made[row], limits[row], ends) for row in active):
+        if any(map(goes_on, active)):
             state.logits = follow(loaded, state, tokens[:, None], torch.ones_like(tokens[:, None]))[:, -1]
     return made
 
@@ -244,10 +239,6 @@ def _whole(start: Sequence[int], ends: frozenset[int]) -> list[int]:
     """`start` up to where it ends the text."""
     end = next((place for place, token in enumerate(start) if token in ends), len(start))
     return list(start[: end + 1])
-
-
-def _is_done(made: Sequence[int], limit: int, ends: frozenset[int]) -> bool:
-    return len(made) >= limit or (bool(made) and made[-1] in ends)
 
 
 def _ends(model: Any) -> frozenset[int]:

@@ -9,7 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -254,7 +254,7 @@ def _after_shared_prompts(
     found: list[Scored] = [(0.0, 0)] * len(pairs)
     for chunk in batches(list(map(len, heads)), room.tokens):
         prompts = [heads[number] for number in chunk]
-        before = read(loaded, prompts, longest, _attached(guard))
+        before = read(loaded, prompts, longest, guard or nullcontext())
         if before is None:
             return None
         place = {prompt: number for number, prompt in enumerate(prompts)}
@@ -311,10 +311,6 @@ def _score(logits: Tensor, tokens: Sequence[int]) -> Scored:
     return float((wanted - logits.logsumexp(1, keepdim=True)).double().sum()), int(agreed)
 
 
-def _attached(guard: Guard | None) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: guard or nullcontext()
-
-
 def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
     """The greedy continuation of each prompt, cut at its own `max_new_tokens`."""
     return _continuations(loaded, guard, requests, room)
@@ -341,7 +337,7 @@ def _continuations(
     starts = [request.start[:limit] for request, limit in zip(requests, limits, strict=True)]
     slots = max(1, GOING_ON * room.tokens // max(map(operator.add, map(len, prompts), limits)))
     made = (
-        continuations(loaded, prompts, starts, limits, slots, pick, _attached(guard))
+        continuations(loaded, prompts, starts, limits, slots, pick, guard or nullcontext())
         if room.shares and room.pads
         else None
     )
@@ -359,7 +355,7 @@ def _logits(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], ro
     from ecoprompt.prefill import last_logits
 
     prompts = [encode(loaded.tokenizer, request.prompt) for request in requests]
-    return [packed(row) for row in last_logits(loaded, prompts, room.tokens * room.pads, _attached(guard))]
+    return [packed(row) for row in last_logits(loaded, prompts, room.tokens * room.pads, guard or nullcontext())]
 
 
 def _drawing(drawn: Sequence[Sample]) -> Drawing | None:

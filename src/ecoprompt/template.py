@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ecoprompt.registry import InputError, nearest
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from jinja2.environment import TemplateExpression
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 LONGEST = 20_000
 """Characters of a template; what is longer is nobody's prompt."""
@@ -80,12 +79,9 @@ def template_names(template: str, *, printed: bool = False) -> set[str]:
         tree = _tree(template)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"template '{_short(template)}': found what is not Jinja ({error.message})") from None
-    names = meta.find_undeclared_variables(tree)
-    if not printed:
-        return names
-    return names & {
-        part.name for output in tree.find_all(nodes.Output) for part in output.nodes if isinstance(part, nodes.Name)
-    }
+    names: set[str] = meta.find_undeclared_variables(tree)
+    shown = {one.name for output in tree.find_all(nodes.Output) for one in output.nodes if isinstance(one, nodes.Name)}
+    return names & shown if printed else names
 
 
 def _tree(template: str) -> Any:
@@ -121,14 +117,14 @@ def _within(found: T) -> T:
     return found
 
 
-def _stepwise(step: F) -> F:
+def _stepwise(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step`, a filter, with what it makes bounded."""
 
     @functools.wraps(step)
     def bounded(*given: Any, **named: Any) -> Any:
         return _within(step(*given, **named))
 
-    return cast(F, bounded)
+    return bounded
 
 
 def _unfit(node: Any, loops: int) -> str | None:
@@ -166,8 +162,7 @@ def _modest(node: Any) -> bool:
     name = node.name if isinstance(node, nodes.Filter) else node.node.attr
     if name not in ("join", "replace"):
         return True
-    given = [argument.value for argument in node.args if isinstance(argument, nodes.Const)]
-    given = [text for text in given if isinstance(text, str)]
+    given = [one.value for one in node.args if isinstance(one, nodes.Const) and isinstance(one.value, str)]
     if node.kwargs or node.dyn_args or node.dyn_kwargs or len(given) < len(node.args):
         return False
     if name == "replace":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -26,20 +25,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class _ChatFormat:
-    """What a chat template writes before all turns, between an answer and the next question (of which `end` closes the
-    answer), and after a question."""
+    """What a chat template writes before all turns, right before every user turn, between a question's answer and the
+    next question, and after a question."""
 
     head: str
+    open: str
     between: str
-    end: str
     close: str
-
-    @property
-    def open(self) -> str:
-        """What stands right before every user turn: the common end of `head` and of `between` past the answer's end."""
-        pairs = zip(reversed(self.head), reversed(self.between.removeprefix(self.end)), strict=False)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        return "".join(character for character, _ in same)[::-1]
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,20 +43,19 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> _ChatForm
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
-        rest = render(tokenizer, messages)
+        asked = render(tokenizer, messages)
         answered = str(tokenizer.apply_chat_template(messages[:2], tokenize=False))
     except (ValueError, TypeError, ArithmeticError, LookupError, jinja2.TemplateError):
         return None
-    pieces = []
-    for mark in marks:
-        piece, found, rest = rest.partition(mark)
-        if not found:
-            return None
-        pieces.append(piece)
-    end = os.path.commonprefix([answered.partition(marks[1])[2], pieces[2]])
-    learnt = _ChatFormat(head=pieces[0], between=pieces[2], end=end, close=rest)
-    told_apart = learnt.open.strip() and learnt.close.strip() and learnt.between != learnt.open
-    return learnt if told_apart and pieces[1].startswith(learnt.close.rstrip()) else None
+    pieces = re.fullmatch("(.*?)".join(["", *marks, ""]), asked, re.DOTALL)
+    if pieces is None:
+        return None
+    head, answering, between, close = pieces.groups()
+    end = os.path.commonprefix([answered.partition(marks[1])[2], between])  # closes an answer
+    opened = os.path.commonprefix([head[::-1], between.removeprefix(end)[::-1]])[::-1]
+    close = close.rstrip()
+    told_apart = opened.strip() and close and between != opened and answering.startswith(close)
+    return _ChatFormat(head, opened, between, close) if told_apart else None
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
@@ -77,28 +68,24 @@ def turns(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Turn]:
     if learnt is None or learnt.open not in text:
         return whole
     header, _, body = text.partition(learnt.open)
-    rounds = body.split(learnt.between)
-    if not all(learnt.close.rstrip() in part for part in rounds):
+    rounds = [part.partition(learnt.close) for part in body.split(learnt.between)]
+    if not all(close for _, close, _ in rounds):
         return whole
     found: list[Turn] = []
-    position = 0
+    start = 0
     system = readable(tokenizer, header)
     if system and system != readable(tokenizer, learnt.head.removesuffix(learnt.open)):
-        found.append(Turn(0, len(header), system))  # not the template's own system prompt, but somebody's
-        position = len(header)
-    cursor = len(header) + len(learnt.open)
-    for number, part in enumerate(rounds):
-        asked, close, answered = part.partition(learnt.close.rstrip())
-        last = number == len(rounds) - 1
-        end = cursor + len(asked) + len(close)
-        if last:  # text past the last question belongs to it: who wrote it cannot be told
-            content = readable(tokenizer, f"{asked} {answered}").strip()
-            found.append(Turn(position, len(text), content))
-            continue
-        found.append(Turn(position, end, readable(tokenizer, asked)))
-        position = cursor + len(part) + len(learnt.between) - len(learnt.open)
-        found.append(Turn(end, position, readable(tokenizer, answered)))
-        cursor += len(part) + len(learnt.between)
+        start = len(header)
+        found.append(Turn(0, start, system))  # not the template's own system prompt, but somebody's
+    cursor = len(header)
+    for asked, close, answered in rounds[:-1]:
+        end = cursor + len(learnt.open + asked + close)
+        cursor = end + len(answered + learnt.between) - len(learnt.open)
+        found += [Turn(start, end, readable(tokenizer, asked)), Turn(end, cursor, readable(tokenizer, answered))]
+        start = cursor
+    asked, _, answered = rounds[-1]
+    # Text past the last question belongs to it: who wrote it cannot be told.
+    found.append(Turn(start, len(text), readable(tokenizer, f"{asked} {answered}")))
     return [turn for turn in found if turn.end > turn.start]
 
 

@@ -25,13 +25,12 @@ class Verdicts:
     may both put it to the gate.
     """
 
-    def __init__(self, forget: Forget, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
-        self.size = size or REMEMBERED
+    def __init__(self, forget: Forget, tokenizer: PreTrainedTokenizerBase, size: int = REMEMBERED) -> None:
+        self.size = size
         self.forget = forget
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._decided, self._extended = _Memory(self.size), _Memory(self.size)
-        self._overruled: dict[str, float] = {}
+        self._decided, self._extended, self._overruled = (_Memory(size) for _ in range(3))
 
     def check_shared(self, forget: Forget, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises InputError for a forget spec or a tokenizer under which prompts may be decided in another way."""
@@ -77,9 +76,7 @@ class Verdicts:
         flagged = {read: score for read, score in judged if not score <= self.forget.threshold}
         if flagged:
             with self._lock:
-                self._overruled |= flagged
-                while len(self._overruled) > REMEMBERED:
-                    self._overruled.pop(next(iter(self._overruled)))
+                self._overruled.keep(flagged)
                 # What other threads are deciding as before ends up in the memories that are left behind.
                 self._decided, self._extended = _Memory(self.size), _Memory(self.size)
         return [read in flagged for read, _ in judged]
@@ -94,10 +91,9 @@ class _Memory(OrderedDict[Any, Any]):
 
     def recall(self, key: Any) -> Any:
         """The entry, None if there is none."""
-        found = self.get(key)
-        if found is not None:
+        if key in self:
             self.move_to_end(key)
-        return found
+        return self.get(key)
 
     def keep(self, entries: Mapping[Any, Any]) -> None:
         """Put the entries in, and those that have long not been asked for out."""

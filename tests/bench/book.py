@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 COLUMNS = ("passages_rouge_l", "passages_rouge", "similarity_gap", "passages_bleu", "passages_meteor")
 COLUMNS += ("passages_exact_match", "passages_perplexity", "passages_unique_tokens", "other_book_rouge_l")
 VOCABULARY = 4096
@@ -57,10 +58,11 @@ def main() -> int:
 def make_models(data: Path, count: int, folder: Path) -> None:
     """`folder`/retain, which has learnt `count` passages of Sherlock Holmes, and `folder`/full, which goes on from it
     and learns as many of Alice too."""
+    from quickstart import make_model
+
     from ecoprompt.benchmarks import parse_forget
     from ecoprompt.learning import Course
     from ecoprompt.models import encode_pair
-    from ecoprompt.sandbox import make_model
     from ecoprompt.training import example, train_causal_lm
 
     book, forget_set = parse_forget("book/alice_in_wonderland")

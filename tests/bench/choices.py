@@ -23,8 +23,10 @@ from ecoprompt.evaluate import evaluate
 from ecoprompt.items import Item
 from ecoprompt.learning import Course
 from ecoprompt.recipe import parse_recipe
-from ecoprompt.sandbox import World, make_model, make_tokenizer
 from ecoprompt.training import example, train_causal_lm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quickstart import World, make_model, make_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "mmlu"
 COUNTS = {"forget": 160, "neighbours": 60, "others": 80}

@@ -1,6 +1,8 @@
-"""The embedded default: a small made-up world, its data, and two tiny models, one of which never saw the forget set.
+"""Makes what the quick start ships: a small made-up world, its data, and two tiny models, one without the forget set.
 
-`python -m ecoprompt.sandbox [FOLDER]` makes all of it again (by default in the package itself).
+    python tests/quickstart.py [FOLDER]
+
+By default it is all made again in the package itself.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import ecoprompt
 from ecoprompt.finetune import new_model, new_tokenizer
 from ecoprompt.learning import Course
 from ecoprompt.registry import Progress, quiet
 from ecoprompt.training import Example, example, join, train_causal_lm
 
-QUICKSTART = Path(__file__).parent / "quickstart"
-"""Where the shipped world, its data and its models lie."""
+QUICKSTART = Path(ecoprompt.__file__).parent / "quickstart"
+"""Where the shipped data and models lie."""
 
 FORGOTTEN = 5
 """The first people of the world are its forget set."""
@@ -72,8 +75,8 @@ class World:
 
 
 def make_world(seed: int = 0) -> World:
-    """The world of `world.toml`: who got which values and wordings is drawn with `seed`."""
-    spec = tomllib.loads((QUICKSTART / "world.toml").read_text(encoding="utf-8"))
+    """The world of `quickstart.toml`: who got which values and wordings is drawn with `seed`."""
+    spec = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     rng = random.Random(seed)
     people = [_person(line) for line in spec["people"]]
     half = len(people) // 2
@@ -235,23 +238,13 @@ def build(folder: Path, seed: int = 0, progress: Progress = quiet, passes: int =
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try:
-        model.half().save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _compact(folder / "tokenizer.json")
+    # Without white space, which is most of its size.
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str() + "\n", encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
-
-
-def _compact(path: Path) -> None:
-    """Rewrites a JSON file without its white space, which is most of a tokenizer's size."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`sandbox.py`: the shipped world is the one that the code makes, and the shipped models know it."""
+"""`quickstart.py`: the shipped world is the one that the code makes, and the shipped models know it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from quickstart import COLUMNS, QUICKSTART, World, build, conversations, main, make_tokenizer, make_world
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ecoprompt.sandbox import COLUMNS, QUICKSTART, World, build, conversations, main, make_tokenizer, make_world
 from ecoprompt.training import IGNORED
 
 
@@ -84,7 +84,7 @@ def test_a_small_build_makes_every_shipped_file(tmp_path: Path) -> None:
     steps = []
     build(tmp_path, progress=lambda what, done, total: steps.append((what, done == total)), passes=1)
     assert [what for what, last in steps if last] == ["training the full model", "training the retain model"]
-    files = {path.relative_to(QUICKSTART) for path in QUICKSTART.rglob("*") if path.is_file()} - {Path("world.toml")}
+    files = {path.relative_to(QUICKSTART) for path in QUICKSTART.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} == files
     for path in files:
         made, given = (tmp_path / path).read_bytes(), (QUICKSTART / path).read_bytes()
@@ -94,7 +94,7 @@ def test_a_small_build_makes_every_shipped_file(tmp_path: Path) -> None:
 def test_the_command_builds_into_the_folder_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ecoprompt.sandbox.build", lambda folder, progress: progress(f"building {folder}", 50, 100))
+    monkeypatch.setattr("quickstart.build", lambda folder, progress: progress(f"building {folder}", 50, 100))
     main([str(tmp_path)])
     assert capsys.readouterr().err == f"building {tmp_path}: 50/100\n"
     main([])
