@@ -39,7 +39,6 @@ ORDER = (
         "items",
     ]
     + [
-        "declared",
         "benchmarks",
         "own",
         "learning",
@@ -75,7 +74,7 @@ ORDER = (
     + ["sandbox", "chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`declared`, `card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them,
+`card`, `turns`, `verdicts`, `calls`, `learning` and `lessons` are parts of modules that follow them,
 `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data,
 `planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
