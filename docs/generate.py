@@ -16,8 +16,9 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from ecoprompt.benchmarks import Benchmark, Subset
+from ecoprompt.benchmarks import Benchmark
 from ecoprompt.cli import app
+from ecoprompt.items import Subset
 from ecoprompt.losses import inputs
 from ecoprompt.metrics import reads
 from ecoprompt.models import aliases

@@ -40,7 +40,6 @@ ORDER = (
         "items",
     ]
     + [
-        "declared",
         "benchmarks",
         "own",
         "learning",
@@ -76,9 +75,9 @@ ORDER = (
     + ["chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`declared`, `card`, `turns`, `verdicts`, `calls`, `learning`, `lessons` and `sophia` are parts of modules that follow
-them, `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the
-data, `planning` and `printing` of the commands."""
+`card`, `turns`, `verdicts`, `calls`, `learning`, `lessons` and `sophia` are parts of modules that follow them,
+`template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data,
+`planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -246,6 +246,7 @@ def test_the_search_is_drawn(searched, tmp_path):
         (["optimize.vector=true", "optimize.parameter=dims"], "only a strength can be one for each dimension"),
         (["optimize.bounds=[5, 1]"], "expected two numbers above 0, the smaller first"),
         (["optimize.bounds=[0, 1]"], "expected two numbers above 0, the smaller first"),
+        (["optimize.parameter=['dims']"], "found ['dims'], expected 'strength' or 'dims'"),
         (["optimize.points=3"], "has no key 'points'"),
         (["optimize.held_out=1.5"], "expected a number below 1"),
         (["corruption.strength=0.001"], "found 0.001, where a search from 0.01 to 1000.0 cannot start"),

@@ -116,16 +116,17 @@ def test_bertscore_is_bert_scores_f1(tmp_path, monkeypatch):
     from transformers import BertTokenizer, DistilBertConfig, DistilBertModel
 
     with pytest.raises(EcopromptError, match="'distilbert/distilbert-base-uncased', which is not here"):
-        similarity.bert_scorer()
+        metrics["bertscore"].ready()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(CAT.split()), "dog"]
     numbered = {word: number for number, word in enumerate(words)}
     BertTokenizer(vocab=numbered, model_max_length=32).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    shape = {"dim": 16, "n_heads": 2, "hidden_dim": 16, "n_layers": 2, "max_position_embeddings": 32}
+    shape = {"dim": 16, "n_heads": 2, "hidden_dim": 16, "n_layers": 5, "max_position_embeddings": 32}
     DistilBertModel(DistilBertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path)
-    scorer = similarity.bert_scorer(str(tmp_path), 1)
-    _, _, f1 = bert_score.score(["the dog sat"], [CAT], model_type=str(tmp_path), num_layers=1)
-    monkeypatch.setattr(similarity, "_scorer", lambda: scorer)
+    _, _, f1 = bert_score.score(["the dog sat"], [CAT], model_type=str(tmp_path), num_layers=5)
+    monkeypatch.setattr(similarity, "BERT", str(tmp_path))
+    monkeypatch.setattr(similarity, "out_of_reach", lambda *_: None)
+    monkeypatch.setattr(similarity, "_scorer", similarity._scorer.__wrapped__)
     assert similarity.bertscore("the dog sat", CAT) == float(f1[0]) < 1
     assert similarity.bertscore(CAT, CAT) == pytest.approx(1)
     assert similarity.bertscore(" ", CAT) == 0

@@ -77,9 +77,8 @@ def read_refusals(file: str | None, rows: int) -> list[str]:
         if not found:
             raise InputError(f"{file}: found no sentence, expected one a line")
         return found
-    source = Source(path=file)
-    answers = load_rows(source)
-    check_columns(answers, source, {"answer": str})
+    answers = load_rows(Source(path=file))
+    check_columns(answers, {"answer": str})
     if len(answers) != rows:
         raise InputError(f"{file}: found {len(answers)} rows, expected one for each of the forget set's {rows}")
     return [row["answer"] for row in answers]

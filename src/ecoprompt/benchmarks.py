@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ecoprompt.data import Row, Source, check_columns, local_file, opening, sample, split
-from ecoprompt.declared import bind_aggregates, dangling, parts, subsets_of, whole
-from ecoprompt.items import OWN, Choosing, Item, choose
-from ecoprompt.metrics import ROW_INPUTS, Better, asks_model, reads
-from ecoprompt.pressure import press
-from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest, pressures
+from ecoprompt.data import Row, Rows, Source, check_columns, local_file, sample, split
+from ecoprompt.items import Choosing, Item, MetricName, Pressures, Subset
+from ecoprompt.metrics import Better, asks_model, reads
+from ecoprompt.registry import InputError, aggregates, benchmarks, describe, metrics, nearest
 from ecoprompt.sources import (
     ForgetSet,
     GateData,
@@ -27,64 +25,22 @@ from ecoprompt.sources import (
     Texts,
     TrainingSources,
     as_value_error,
-    count,
     prompts,
     read,
+    total,
     without_overlap,
 )
 from ecoprompt.template import fill, template_names
 
 PACKAGE = Path(__file__).parent
-
 BenchmarkName = Annotated[str, as_value_error(benchmarks.__getitem__)]
-MetricName = Annotated[str, as_value_error(metrics.__getitem__)]
-PressureName = Annotated[str, as_value_error(pressures.__getitem__)]
+INHERITED = ("hub", "split", "prompt", "raw", "max_length", "rows", "metrics", "subsets")
+"""What a benchmark takes of the one it is `of`."""
+SHARED = ("metrics", "choices", "right", "completion")
+"""What a benchmark's subsets take of it."""
 
-
-class Subset(Choosing, Reading, Named):
-    """Rows of one data set and the metrics that are read off them; what is None follows the benchmark.
-
-    `answer`, `reference` and `alternatives` name columns, for which `choices` and `right` stand where an answer is to
-    be chosen; without a reference the answer is its own. `answer_words` is how many words of a long answer count, from
-    its first. `samples` is how many answers are drawn for the metrics that read them, at `temperature`, from the
-    likeliest tokens that together have the probability `top_p`. `pressure` rewrites the prompts; each of `pressures`
-    makes a further subset of the same rows, called SUBSET_PRESSURE.
-    """
-
-    prompt: Template | None = None
-    answer: str = "answer"
-    answer_words: Annotated[int, Field(ge=1)] | None = None
-    reference: str | None = None
-    alternatives: str | None = None
-    metrics: dict[str, MetricName]
-    forget: bool = False
-    samples: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    pressure: PressureName | None = None
-    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
-
-    @property
-    def asks_model(self) -> bool:
-        """Whether a metric reads more of a row than what the gate says of its prompt."""
-        return any(map(asks_model, self.metrics.values()))
-
-    def scored(self, row: Row, column: str) -> str:
-        """What counts of a text of `row`: of the answer its opening, and nothing where no model is asked."""
-        if not self.asks_model:
-            return ""
-        return opening(row[column], self.answer_words if column == self.answer else None)
-
-    @model_validator(mode="after")
-    def _has_what_metrics_read(self) -> Subset:
-        keys = {"samples": self.samples, "alternatives": self.alternatives or self.choices}
-        keys |= dict.fromkeys(("answers", "logits", "place"), self.choices)
-        given = set(ROW_INPUTS) - {name for name, key in keys.items() if key is None}
-        pairs = [(metric, key) for metric in self.metrics.values() for key in reads(metric)]
-        lacking = [f"'{metric}' reads '{key}'" for metric, key in pairs if key not in given]
-        if lacking:
-            raise ValueError(f"found no key for what metrics read: {', '.join(lacking)}")
-        return self
+Forget = str | ForgetSet | None
+"""A forget set or its name; None where none is asked for."""
 
 
 class Benchmark(Choosing, Named):
@@ -97,7 +53,7 @@ class Benchmark(Choosing, Named):
     """
 
     of: BenchmarkName | None = None
-    pressures: Annotated[tuple[PressureName, ...], Field(strict=False)] = ()
+    pressures: Pressures = ()
     title: str = ""
     hub: str | None = None
     folder: str | None = None
@@ -142,11 +98,6 @@ class Benchmark(Choosing, Named):
             table._name = name
 
     @property
-    def declared(self) -> Mapping[str, Any]:
-        """The table that it was declared by, with what that left to others."""
-        return self._declared
-
-    @property
     def family(self) -> Benchmark:
         """The benchmark whose forget sets it has: itself, or that of which it is."""
         found: Benchmark = self if self.forget_sets or self.of is None else benchmarks[self.of].family
@@ -170,7 +121,7 @@ class Benchmark(Choosing, Named):
         if subsets is None:
             return self
         kept = {name: subset for name, subset in self.subsets.items() if name in subsets}
-        made = {name: one for name, one in self.aggregates.items() if set(subsets_of(one)) <= set(kept)}
+        made = {name: one for name, one in self.aggregates.items() if set(self.made_of(name)[0]) <= set(kept)}
         less = self.model_copy(update={"subsets": kept, "aggregates": made})
         return less.model_copy(update={"columns": tuple(name for name in self.columns if name in less.better())})
 
@@ -194,11 +145,19 @@ class Benchmark(Choosing, Named):
             for key, metric in subset.metrics.items()
             if not metrics[metric].together and "reread" not in reads(metric)
         }
-        for name, parameters in self.aggregates.items():
-            subsets = subsets_of(parameters)
-            if set(subsets) <= set(forgotten):
-                found[name] = (subsets, parts(name, parameters))
-        return found
+        made = {name: self.made_of(name) for name in self.aggregates}
+        return found | {name: (subsets, keys) for name, (subsets, keys) in made.items() if {*subsets} <= {*forgotten}}
+
+    def made_of(self, aggregate: str) -> tuple[list[str], list[str]]:
+        """The subsets that an aggregate is read off, and the keys of their metrics: those it is told, or its own."""
+        told = self.aggregates[aggregate]
+        subsets = told["subsets"] if "subsets" in told else [told["subset"]]
+        return list(subsets), list(told.get("metrics") or aggregates[aggregate].of)
+
+    def averages(self) -> dict[str, list[str]]:
+        """The aggregates that are means of columns, with these."""
+        made = {name: self.made_of(name) for name in self.aggregates if aggregates[name].averages}
+        return {name: [f"{one}_{key}" for one in subsets for key in keys] for name, (subsets, keys) in made.items()}
 
     def chance(self, column: str) -> Callable[[int], float] | None:
         """What a column is by chance, by the number of alternatives, if it is one of a forget set that says so."""
@@ -215,18 +174,34 @@ class Benchmark(Choosing, Named):
         """The columns of the table on the terminal: `columns`, else all of them."""
         return self.columns or tuple(self.better())
 
-    def subset_rows(self, subset: str, forget: str | ForgetSet | None, root: Path | None = None) -> list[Row]:
+    def subset_rows(self, subset: str, forget: Forget, root: Path | None = None) -> list[Row]:
         """All rows of `subset`, with every column that is read of them checked."""
         table = self.subset(subset)
-        source = self._source(table, forget)
-        rows = read(source, table, self._forget_set(forget), root)
-        check_columns(rows, source, self._columns_read(table))
+        rows = self.read(table, forget, root)
+        check_columns(rows, table.columns_read(table.prompt or self.prompt))
         return rows
+
+    def read(self, table: Reading, forget: Forget, root: Path | None) -> Rows:
+        """The rows that `table` takes of its data set."""
+        return read(self._source(table, forget), table, self._forget_set(forget), root)
+
+    def count(self, table: Reading, forget: Forget, root: Path | None) -> int | None:
+        """How many rows that are: of local data, else by what is published, else as many as are declared to be taken
+        `first`; None if neither tells. Asks no network."""
+        source = self._source(table, forget)
+        if local_file(source, root) is not None:
+            return len(self.read(table, forget, root))
+        published = self.rows.get((source.local or "") if _elsewhere(table) else source.stem)
+        known = [number for number in (published, table.first) if number is not None]
+        if not known or table.rows != "all":
+            return None
+        start, end = table.sample or (0, min(known))
+        return max(0, min(end, *known) - start)
 
     def items(
         self,
         subset: str,
-        forget: str | ForgetSet | None,
+        forget: Forget,
         root: Path | None = None,
         limit: int | None = None,
         seed: int = 0,
@@ -239,68 +214,51 @@ class Benchmark(Choosing, Named):
         """
         table = self.subset(subset)
         rows = list(enumerate(self.subset_rows(subset, forget, root)))
-        parts = split(rows, held_out, seed) if table.forget else (rows, [])
-        return [self._item(table, index, row, seed) for _, (index, row) in sample(parts[held], limit, seed)]
-
-    def _item(self, table: Subset, index: int, row: Row, seed: int) -> Item:
-        """`row` as it is asked."""
+        chosen = (split(rows, held_out, seed) if table.forget else (rows, []))[held]
         prompt = table.prompt or self.prompt
-        if table.choices is not None:
-            said = choose(table, prompt, row, f"{self.name}, {table.name}: row {index + 1}")
-        else:
-            said = {"prompt": fill(prompt, row), "target": table.scored(row, table.answer)}
-            said["reference"] = table.scored(row, table.reference or table.answer)
-            said["alternatives"] = tuple(row[table.alternatives]) if table.alternatives else ()
-        said["prompt"] = press(table.pressure, said["prompt"], seed)
-        said["prompts"] = tuple(press(table.pressure, one, seed) for one in said.get("prompts", ()))
-        return Item(benchmark=self.name, subset=table.name, index=index, **said)
+        return [table.item(self.name, prompt, index, row, seed) for index, row in sample(chosen, limit, seed)]
 
-    def gate_texts(self, forget: str | ForgetSet | None, root: Path | None = None) -> GateData:
+    def gate_texts(self, forget: Forget, root: Path | None = None) -> GateData:
         """The prompts that train a gate for `forget`, and those that test it, none of which it is trained on."""
         gate = self._gate()
         if not gate.positive or not gate.negative:
             raise InputError(
                 f"benchmark '{self.name}' only tests gates: its [gate] table has no 'positive', 'negative'"
             )
-        data = GateData(
-            positive=[text for texts in gate.positive for text in self._texts(texts, forget, root)],
-            negative=[text for texts in gate.negative for text in self._texts(texts, forget, root)],
-            checks=self.gate_checks(forget, root),
+        positive, negative = (
+            [text for texts in part for text in self._texts(texts, forget, root)]
+            for part in (gate.positive, gate.negative)
         )
-        return without_overlap(data)
+        return without_overlap(GateData(positive, negative, self.gate_checks(forget, root)))
 
-    def gate_checks(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, tuple[list[str], int]]:
+    def gate_checks(self, forget: Forget, root: Path | None = None) -> dict[str, tuple[list[str], int]]:
         """The prompts that test a gate, by the name of their set, each with its label."""
         checks = self._gate().checks
         return {name: (self._texts(check, forget, root), check.label) for name, check in checks.items()}
 
-    def dry_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
-        """How many rows each subset has: of the local data, else as published, else None. Asks no network."""
-        return {name: self._count(subset, forget, root) for name, subset in self.subsets.items()}
+    def dry_rows(self, forget: Forget, root: Path | None = None) -> dict[str, int | None]:
+        """How many rows each subset has, as `count` tells."""
+        return {name: self.count(subset, forget, root) for name, subset in self.subsets.items()}
 
-    def dry_gate_rows(self, forget: str | ForgetSet | None, root: Path | None = None) -> dict[str, int | None]:
-        """How many prompts train (`positive`, `negative`) and test a gate, as `dry_rows`."""
+    def dry_gate_rows(self, forget: Forget, root: Path | None = None) -> dict[str, int | None]:
+        """How many prompts train (`positive`, `negative`) and test a gate, as `count` tells."""
         gate = self._gate()
         counts: dict[str, int | None] = {}
         for name, sources in (("positive", gate.positive), ("negative", gate.negative)):
-            parts = [self._count(texts, forget, root) for texts in sources]
-            known = [part for part in parts if part is not None]
-            counts |= {name: sum(known) if len(known) == len(parts) else None} if sources else {}
-        return counts | {name: self._count(check, forget, root) for name, check in gate.checks.items()}
+            if sources:
+                counts[name] = total([self.count(texts, forget, root) for texts in sources])
+        return counts | {name: self.count(check, forget, root) for name, check in gate.checks.items()}
 
     def gate_hubs(self) -> list[str]:
         """The Hub data sets that train and test a gate."""
-        gate = self._gate()
-        read_by_it = (*gate.positive, *gate.negative, *gate.checks.values())
-        named = [self.hub if one.hub is None and one.folder is None else one.hub for one in read_by_it]
+        named = (one.hub if _elsewhere(one) else self.hub for one in self._gate().readings())
         return sorted({name for name in named if name})
 
-    def fetches(self, forget: str | ForgetSet | None, root: Path | None, gate: bool = False) -> list[str]:
+    def fetches(self, forget: Forget, root: Path | None, gate: bool = False) -> list[str]:
         """The Hub data sets that its rows, or else its gate's prompts, are read from, and the local files that are not
         there; nothing of what is local."""
-        table = self._gate() if gate else None
-        read = [*table.positive, *table.negative, *table.checks.values()] if table else self.subsets.values()
-        sources = [source for source in (self._source(one, forget) for one in read) if not local_file(source, root)]
+        readings = self._gate().readings() if gate else self.subsets.values()
+        sources = [source for one in readings if not local_file(source := self._source(one, forget), root)]
         return list(dict.fromkeys(source.hub or f"{source.local} (a file of your own)" for source in sources))
 
     def _gate(self) -> GateSources:
@@ -308,18 +266,15 @@ class Benchmark(Choosing, Named):
             raise InputError(f"benchmark '{self.name}' does not say which prompts train a gate (no [gate] table)")
         return self.gate
 
-    def _texts(self, texts: GateTexts, forget: str | ForgetSet | None, root: Path | None) -> list[str]:
-        source = self._source(texts, forget)
-        return prompts(read(source, texts, self._forget_set(forget), root), source, texts, self.prompt)
+    def _texts(self, texts: GateTexts, forget: Forget, root: Path | None) -> list[str]:
+        rows = self.read(texts, forget, root)
+        if texts.field is None:
+            return prompts(rows, texts.prompt or self.prompt)
+        check_columns(rows, {texts.field: str})
+        return [row[texts.field] for row in rows]
 
-    def _count(self, table: Reading, forget: str | ForgetSet | None, root: Path | None) -> int | None:
-        source = self._source(table, forget)
-        own = table.hub is None and table.folder is None
-        published = self.rows.get(source.config or source.split if own else source.local or "")
-        return count(source, table, self._forget_set(forget), root, published)
-
-    def _source(self, table: Reading, forget: str | ForgetSet | None) -> Source:
-        elsewhere = table.hub is not None or table.folder is not None  # with commits and a local name of its own
+    def _source(self, table: Reading, forget: Forget) -> Source:
+        elsewhere = _elsewhere(table)
         hub, folder = (table.hub, table.folder) if elsewhere else (self.hub, self.folder)
         named = (table.config, table.local if elsewhere else table.local or self.local)
         config, local = (self._filled(name, forget) if name else None for name in named)
@@ -329,26 +284,22 @@ class Benchmark(Choosing, Named):
             return Source(config=config, split=split, path=path, base=str(self._base))
         return Source(hub or None, config, split, revision=None if elsewhere else self.revision, local=local)
 
-    def _forget_set(self, forget: str | ForgetSet | None) -> ForgetSet | None:
+    def _forget_set(self, forget: Forget) -> ForgetSet | None:
         return None if forget is None else self.forget_set(forget if isinstance(forget, str) else forget.name)
 
-    def _filled(self, template: str, forget: str | ForgetSet | None) -> str:
+    def _filled(self, template: str, forget: Forget) -> str:
         """`template` with the names of the forget set and its retain set, which it need not use."""
         if not template_names(template):
             return template
-        if forget is None:
-            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.family.forget_sets)}")
         forget_set = self._forget_set(forget)
-        assert forget_set is not None
+        if forget_set is None:
+            raise InputError(f"benchmark '{self.name}' needs a forget set; {nearest('', self.family.forget_sets)}")
         return fill(template, {"forget": forget_set.name, "retain": forget_set.retain})
 
-    def _columns_read(self, subset: Subset) -> dict[str, type]:
-        prompt = subset.prompt or self.prompt
-        columns: dict[str, type] = dict.fromkeys(sorted(subset.names(prompt)), object)
-        columns |= dict.fromkeys(sorted(template_names(prompt, printed=True) - OWN), str)
-        if subset.asks_model and subset.choices is None:
-            columns |= {column: str for column in (subset.answer, subset.reference) if column is not None}
-        return columns | ({subset.alternatives: list} if subset.alternatives is not None else {})
+
+def _elsewhere(table: Reading) -> bool:
+    """Whether rows are of a data set of their own, with its commits and its local name."""
+    return table.hub is not None or table.folder is not None
 
 
 def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: str | None = None) -> Benchmark:
@@ -357,19 +308,76 @@ def declare(name: str, table: Mapping[str, Any], base: Path = PACKAGE, where: st
     `where` is the key path under which the table stands. Raises InputError with all mistakes at once.
     """
     where = name if where is None else where
-    bound, problems = bind_aggregates(table, where)
-    table = whole(table)
+    bound, problems = _bind_aggregates(table, where)
+    table = _whole(table)
     try:
-        benchmark = Benchmark.model_validate({**table, "aggregates": bound} if "aggregates" in table else table)
+        benchmark = Benchmark.model_validate({**table, "aggregates": bound})
     except ValidationError as error:
         raise InputError(*describe(error, Benchmark, where, f"benchmark '{name}'"), *problems) from None
     benchmark._name = name
     benchmark._base = base
     benchmark._declared = table
-    problems += dangling(benchmark, where)
+    problems += _dangling(benchmark, where)
     if problems:
         raise InputError(*problems)
     return benchmark
+
+
+def _whole(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with what it leaves to the benchmark that it is `of`, and each subset with what it leaves to `table`."""
+    given, of = dict(table), table.get("of")
+    if isinstance(of, str) and of in benchmarks:
+        left = {key: value for key, value in benchmarks[of]._declared.items() if key in INHERITED and key not in table}
+        if {"folder", "local"} & table.keys():
+            left.pop("hub", None)
+        if "metrics" in table and "subsets" in left:
+            left["subsets"] = {name: {**one, "metrics": table["metrics"]} for name, one in left["subsets"].items()}
+        given |= left
+    shared = {key: given[key] for key in SHARED if key in given}
+    if isinstance(given.get("subsets"), Mapping):
+        subsets = given["subsets"].items()
+        given["subsets"] = {name: {**shared, **one} if isinstance(one, Mapping) else one for name, one in subsets}
+    return given
+
+
+def _bind_aggregates(table: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+    """The aggregates of a table with their defaults, and what is wrong with them."""
+    given = table.get("aggregates", {})
+    if not isinstance(given, Mapping):
+        return given, []
+    bound, problems = {}, []
+    for name, parameters in given.items():
+        key = f"{where}.aggregates.{name}"
+        if name not in aggregates:
+            problems.append(f"'{key}': there is no aggregate '{name}'; {nearest(name, aggregates)}")
+        elif not isinstance(parameters, Mapping):
+            problems.append(f"'{key}': found {parameters!r}, expected a table of parameters")
+        else:
+            try:
+                bound[name] = aggregates.bind(name, parameters, key)
+            except InputError as error:
+                problems += error.problems
+    return bound, problems
+
+
+def _dangling(benchmark: Benchmark, where: str) -> list[str]:
+    """Names in the tables of `benchmark` that point to nothing."""
+    problems = []
+    known = benchmark.better()
+    for number, column in enumerate(benchmark.columns):
+        if column not in known:
+            problems.append(f"'{where}.columns.{number}': there is no column '{column}'; {nearest(column, known)}")
+    for name in benchmark.aggregates:
+        subsets, keys = benchmark.made_of(name)
+        for subset in subsets:
+            place = f"'{where}.aggregates.{name}'"
+            if subset not in benchmark.subsets:
+                problems.append(f"{place}: there is no subset '{subset}'; {nearest(subset, benchmark.subsets)}")
+                continue
+            lacking = [key for key in keys if key not in benchmark.subsets[subset].metrics]
+            if lacking:
+                problems.append(f"{place}: subset '{subset}' has no metric called {', '.join(lacking)}, which it reads")
+    return problems
 
 
 def parse_forget(name: str) -> tuple[Benchmark, ForgetSet]:
@@ -382,10 +390,5 @@ def parse_forget(name: str) -> tuple[Benchmark, ForgetSet]:
     return benchmark, benchmark.forget_set(tail)
 
 
-def _declare_all() -> None:
-    with (PACKAGE / "benchmarks.toml").open("rb") as file:
-        for name, table in tomllib.load(file).items():
-            benchmarks.add(name, declare(name, table))
-
-
-_declare_all()
+for _name, _table in tomllib.loads((PACKAGE / "benchmarks.toml").read_text(encoding="utf-8")).items():
+    benchmarks.add(_name, declare(_name, _table))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecoprompt.files import CLASSIFIER, MOST_VOCABULARY, check_folder, read_header, read_json
+from ecoprompt.files import CLASSIFIER, MOST_VOCABULARY, check_folder, read_json, read_shapes
 from ecoprompt.models import HUB_ID, out_of_reach
 from ecoprompt.registry import EcopromptError, InputError
 
@@ -106,7 +106,7 @@ def check(folder: Path, labelled: bool = True) -> None:
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack", ".pt"))
         instead = f" ({', '.join(found[:3])} may hold code and is not opened)" if found else ""
         raise InputError(f"{folder}: found no model.safetensors, which weights must be in{instead}")
-    _check_numbers(folder / "config.json", config, read_header(weights))
+    _check_numbers(folder / "config.json", config, read_shapes(weights))
     if labelled:
         _check_labels(folder / "config.json", config)
 
@@ -119,9 +119,9 @@ def _check_patterns(path: Path, tokenizer: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: found the pattern {value!r:.60}, which may take for ever to match")
 
 
-def _check_numbers(path: Path, config: Mapping[str, Any], held: Mapping[str, tuple[str, list[int]]]) -> None:
+def _check_numbers(path: Path, config: Mapping[str, Any], held: Mapping[str, list[int]]) -> None:
     """Sizes that the weights do not bear out would be allocated before anybody sees that they are wrong."""
-    widest = max((side for _, shape in held.values() for side in shape), default=0)
+    widest = max((side for shape in held.values() for side in shape), default=0)
     for key, value in _leaves(config):
         if type(value) is not int:
             continue
@@ -182,6 +182,6 @@ def _check_size(folder: Path, config: Any) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     needed = sum(weight.numel() for weight in model.parameters())
-    held = sum(math.prod(shape) for _, shape in read_header(folder / "model.safetensors").values())
+    held = sum(math.prod(shape) for shape in read_shapes(folder / "model.safetensors").values())
     if needed > held + HEAD or needed > MOST_PARAMETERS:
         raise InputError(f"{folder}: config.json describes {needed} parameters, the weights hold {held}")

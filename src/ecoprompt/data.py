@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 ENVIRONMENT = "ECOPROMPT_DATA"
 
 _MOST_PROBLEMS = 5
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _EXPECTED = {str: "text", list: "a list of at least one text", object: "a value"}
 
 
@@ -48,23 +46,31 @@ class Source:
         """The source in words, for messages."""
         return self.path or ", ".join(part for part in (self.hub or self.local, self.config, self.split) if part)
 
+    @property
+    def stem(self) -> str:
+        """What a local copy in the data set's folder is called, but for its suffix."""
+        return self.config or self.split
+
 
 class Rows(list[Row]):
     """Rows that know their places: `place(i)` is "file:line" or "data set: row i" of the row at index i."""
 
-    def __init__(self, rows: Iterable[Row], origin: str, lines: Sequence[int] | None = None) -> None:
+    def __init__(self, rows: Iterable[Row], origin: str, places: Sequence[str] = ()) -> None:
         super().__init__(rows)
         self.origin = origin
-        self._lines = lines
+        self._places = places or [_row(number) for number in range(1, len(self) + 1)]
 
     def place(self, index: int) -> str:
         """Where the row at `index` stands; lines and rows are counted from 1."""
-        return f"{self.origin}:{self._lines[index]}" if self._lines else f"{self.origin}: row {index + 1}"
+        return f"{self.origin}{self._places[index]}"
 
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows at `indices`, which still know their places."""
-        lines = self._lines or range(1, len(self) + 1)
-        return Rows([self[i] for i in indices], self.origin, [lines[i] for i in indices])
+        return Rows([self[i] for i in indices], self.origin, [self._places[i] for i in indices])
+
+
+def _row(number: int) -> str:
+    return f": row {number}"
 
 
 def load_rows(source: Source, root: Path | None = None) -> Rows:
@@ -75,12 +81,6 @@ def load_rows(source: Source, root: Path | None = None) -> Rows:
     """
     path = local_file(source, root)
     return _read(path) if path is not None else _download(source, root)
-
-
-def count_rows(source: Source, root: Path | None = None) -> int | None:
-    """The number of rows of a local source, None for one that is not local; never asks the network."""
-    path = local_file(source, root)
-    return len(_read(path)) if path is not None else None
 
 
 def local_file(source: Source, root: Path | None = None) -> Path | None:
@@ -100,17 +100,13 @@ def local_file(source: Source, root: Path | None = None) -> Path | None:
     return None
 
 
-def sample(rows: Sequence[T], limit: int | None, seed: int) -> list[tuple[int, T]]:
-    """At most `limit` rows with their indices, in their original order; a smaller sample is part of a larger one."""
-    if limit is None or limit >= len(rows):
-        return list(enumerate(rows))
-    return [(index, rows[index]) for index in sorted(_shuffled(len(rows), seed)[:limit])]
+def sample(rows: Sequence[T], limit: int | None, seed: int) -> list[T]:
+    """At most `limit` rows, in their original order; a smaller sample is part of a larger one."""
+    return [rows[index] for index in sorted(_shuffled(len(rows), seed)[:limit])]
 
 
 def split(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """(the rest, the held-out `fraction` of the rows), drawn by seed, both in their original order."""
-    if not 0 <= fraction <= 1:
-        raise InputError(f"found {fraction} as the part of the rows to hold out, expected a number from 0 to 1")
     held_out = set(_shuffled(len(rows), seed)[: round(fraction * len(rows))])
     kept = [row for index, row in enumerate(rows) if index not in held_out]
     return kept, [rows[index] for index in sorted(held_out)]
@@ -124,43 +120,36 @@ def opening(text: str, words: int | None) -> str:
     """`text` up to the end of its word number `words`, as it is written there; all of it for None."""
     if words is None:
         return text
-    ends = [word.end() for word in itertools.islice(re.finditer(r"\S+", text), words)]
-    return text[: ends[-1]] if ends else text
+    rest = text.split(maxsplit=words)[words:]
+    return text.removesuffix("".join(rest)).rstrip()
 
 
-def check_columns(rows: Sequence[Row], source: Source, columns: Mapping[str, type]) -> None:
+def check_columns(rows: Rows, columns: Mapping[str, type]) -> None:
     """Raises InputError that names the first bad rows with what was found and what was expected.
 
     `str` asks for a text, `list` for a list of at least one text, `object` for anything but null.
     """
-    if not isinstance(rows, Rows):
-        rows = Rows(rows, source.label)
     absent = [name for name in columns if not any(name in row for row in rows)]
     problems = [f"{rows.origin}: in all rows {_mismatch(rows[0], name, columns[name])}" for name in absent if rows]
+    present = [(name, kind) for name, kind in columns.items() if name not in absent]
     for index, row in enumerate(rows):
-        for name, kind in columns.items():
-            found = None if name in absent else _mismatch(row, name, kind)
-            if found is not None:
-                problems.append(f"{rows.place(index)}: {found}")
+        mismatches = (_mismatch(row, name, kind) for name, kind in present)
+        problems += [f"{rows.place(index)}: {found}" for found in mismatches if found]
     if problems:
         _refuse(problems)
 
 
 def _mismatch(row: Row, name: str, kind: type) -> str | None:
-    """What is wrong with column `name` of `row`, None if nothing is."""
-    expected = _EXPECTED.get(kind, _KINDS.get(kind, kind.__name__))
     if name not in row:
-        return f"found no column '{name}', expected {expected}; {nearest(name, row)}"
+        return f"found no column '{name}', expected {_EXPECTED[kind]}; {nearest(name, row)}"
     value = row[name]
     if kind is str:
         right = _is_text(value)
     elif kind is list:
         right = isinstance(value, list) and bool(value) and all(map(_is_text, value))
-    elif kind is object:
-        right = value is not None
     else:
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    return None if right else f"column '{name}': found {_show(value)}, expected {expected}"
+        right = value is not None
+    return None if right else f"column '{name}': found {_show(value)}, expected {_EXPECTED[kind]}"
 
 
 def _is_text(value: object) -> bool:
@@ -195,14 +184,9 @@ def _root(root: Path | None) -> Path | None:
 
 
 def _neighbour(path: Path) -> str:
-    """What stands beside a path that is not there."""
     if not path.parent.is_dir():
         return f"'{path.parent}' is not there either"
     return nearest(path.name, [other.name for other in path.parent.iterdir()])
-
-
-def _stem(source: Source) -> str:
-    return source.config or source.split
 
 
 def check_below(path: str) -> None:
@@ -213,10 +197,10 @@ def check_below(path: str) -> None:
 
 def _stems(source: Source, root: Path | None) -> list[Path]:
     """The files, without their suffixes, that may be a local copy."""
-    for part in (source.hub, source.local, _stem(source)):
+    for part in (source.hub, source.local, source.stem):
         check_below(part or "")
     own = [root / source.local] if root is not None and source.local else []
-    return [*own, *(folder / _stem(source) for folder in _folders(source, root))]
+    return [*own, *(folder / source.stem for folder in _folders(source, root))]
 
 
 def _folders(source: Source, root: Path | None) -> list[Path]:
@@ -239,53 +223,57 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Rows:
-    kinds = (_read_json_lines, _read_json, _read_csv, _read_parquet, _read_text)
-    readers = dict(zip(SUFFIXES, kinds, strict=True))
-    if path.suffix.lower() not in readers:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
         raise InputError(f"{path}: found a file of an unknown kind, expected {', '.join(SUFFIXES)}")
+    rows: list[Row] = []
+    places, problems = [], []
     try:
-        rows = readers[path.suffix.lower()](path)
+        for place, found in reader(path):
+            if isinstance(found, str):
+                problems.append(f"{path}{place}: {found}")
+            else:
+                rows.append(found)
+                places.append(place)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if problems:
+        _refuse(problems)
     if not rows:
         raise InputError(f"{path}: found no rows, expected at least one")
-    return rows
+    return Rows(rows, str(path), places)
+
+
+Found = Iterator[tuple[str, Row | str]]
+"""The places in a file, each with the row that is there, or what is wrong with it."""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, ended by line feeds only: texts may hold other Unicode line separators."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            yield number, _decoded(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+            yield number, _decoded(path, number, raw)
 
 
 def _decoded(path: Path, line: int, raw: bytes) -> str:
     try:
-        return raw.decode()
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line += raw[: error.start].count(b"\n")
-        found = f"byte 0x{raw[error.start]:02x} that is not UTF-8"
+        line += error.object[: error.start].count(b"\n")
+        found = f"byte 0x{error.object[error.start]:02x} that is not UTF-8"
         raise InputError(f"{path}:{line}: found {found}, expected UTF-8 text") from None
 
 
-def _read_json_lines(path: Path) -> Rows:
-    rows, numbers, problems = [], [], []
+def _read_json_lines(path: Path) -> Found:
+    expected = "expected one JSON object a line"
     for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: found {_not_json(error)}, expected one JSON object a line")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-            numbers.append(number)
-        else:
-            problems.append(f"{path}:{number}: found {_show(row)}, expected one JSON object a line")
-    if problems:
-        _refuse(problems)
-    return Rows(rows, str(path), numbers)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f":{number}", f"found {_not_json(error)}, {expected}"
+            else:
+                yield f":{number}", row if isinstance(row, dict) else f"found {_show(row)}, {expected}"
 
 
 def _not_json(error: Exception) -> str:
@@ -294,61 +282,54 @@ def _not_json(error: Exception) -> str:
     return "JSON that is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _read_json(path: Path) -> Rows:
+def _read_json(path: Path) -> Found:
     """A JSON list of objects, or JSON Lines under this suffix, as files on the Hub often are."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not raw.lstrip().startswith(b"["):
-        return _read_json_lines(path)
+    text = _decoded(path, 1, path.read_bytes())
+    if not text.lstrip().startswith("["):
+        yield from _read_json_lines(path)
+        return
     try:
-        values = json.loads(_decoded(path, 1, raw))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise InputError(f"{path}:{line}: found {_not_json(error)}, expected a list of JSON objects") from None
-    wrong = [
-        f"{path}: row {number}: found {_show(value)}, expected a JSON object"
-        for number, value in enumerate(values, 1)
-        if not isinstance(value, dict)
-    ]
-    if wrong:
-        _refuse(wrong)
-    return Rows(values, str(path))
+    for number, value in enumerate(values, 1):
+        yield _row(number), value if isinstance(value, dict) else f"found {_show(value)}, expected a JSON object"
 
 
-def _read_csv(path: Path) -> Rows:
-    rows: list[Row] = []
-    numbers: list[int] = []
-    problems: list[str] = []
+def _read_csv(path: Path) -> Found:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])
         start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                problems.append(f"{path}:{start}: found {len(cells)} cells, expected {len(header)} as in the header")
+                yield f":{start}", f"found {len(cells)} cells, expected {len(header)} as in the header"
             elif cells:
-                rows.append(dict(zip(header, cells, strict=True)))
-                numbers.append(start)
+                yield f":{start}", dict(zip(header, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: found a row that is not CSV ({error}), expected cells") from None
-    if problems:
-        _refuse(problems)
-    return Rows(rows, str(path), numbers)
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path) -> Found:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return Rows(parquet.read_table(path).to_pylist(), str(path))
+        rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: found a file that is not Parquet ({error}), expected Parquet") from None
+    yield from ((_row(number), row) for number, row in enumerate(rows, 1))
 
 
-def _read_text(path: Path) -> Rows:
+def _read_text(path: Path) -> Found:
     """A plain text in passages of whole sentences: columns `text`, `first_sentence` and `rest`."""
-    return Rows(passages(_decoded(path, 1, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))), str(path))
+    found = passages(_decoded(path, 1, path.read_bytes()))
+    yield from ((_row(number), dict(passage)) for number, passage in enumerate(found, 1))
+
+
+_READERS = dict(zip(SUFFIXES, (_read_json_lines, _read_json, _read_csv, _read_parquet, _read_text), strict=True))
 
 
 def _download(source: Source, root: Path | None) -> Rows:
@@ -375,18 +356,15 @@ def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
     there = next((folder for folder in folders if folder.is_dir()), None)
     if there is not None:
         names = [path.stem for path in there.iterdir() if path.suffix in SUFFIXES]
-        looked = f"'{there}' has no '{_stem(source)}' in it; {nearest(_stem(source), names)}"
+        looked = f"'{there}' has no '{source.stem}' in it; {nearest(source.stem, names)}"
     elif folders:
         looked = f"looked for the folders {', '.join(str(folder) for folder in folders)}"
     else:
         looked = "no folder of local data sets is named"
-    offline = " (HF_HUB_OFFLINE is set: only what was downloaded before is found)" if _offline() else ""
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    offline = " (HF_HUB_OFFLINE is set: only what was downloaded before is found)" * is_offline
     return (
         f"data set '{source.label}' is neither here nor could it be had from the Hub: {reason}{offline}\n"
-        f"To read it from files, put {_stem(source)}.jsonl into DIR/{source.hub} and name DIR in {ENVIRONMENT} or "
+        f"To read it from files, put {source.stem}.jsonl into DIR/{source.hub} and name DIR in {ENVIRONMENT} or "
         f"[data] root ({looked}); or run where the network reaches huggingface.co."
     )
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -14,7 +14,6 @@ import numpy as np
 
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
-from ecoprompt.declared import averaged, parts, subsets_of
 from ecoprompt.items import Item
 from ecoprompt.lessons import training_cost
 from ecoprompt.models import load_model, locate
@@ -159,7 +158,7 @@ def _conclude(
     flat = [{"run": name, **row} for name, found in rows.items() for row in found]
     columns = by_column(flat)
     tables = _benchmarks(recipe)
-    averages = {name: of for benchmark in tables for name, of in averaged(benchmark).items()}
+    averages = {name: of for benchmark in tables for name, of in benchmark.averages().items()}
     entries: dict[str, Any] = {}
     for run in runs:
         _, seconds, gate = done[run.name]
@@ -291,7 +290,8 @@ def _metrics(
         own = values_of(rows, benchmark.name)
         theirs = values_of(retain, benchmark.name) if retain is not None else None
         for name, parameters in benchmark.aggregates.items():
-            read = {f"{subset}/{part}" for subset in subsets_of(parameters) for part in parts(name, parameters)}
+            subsets, keys = benchmark.made_of(name)
+            read = {f"{subset}/{key}" for subset in subsets for key in keys}
             there = read <= own.keys() and (theirs is None or read <= theirs.keys())
             found[name] = aggregates[name](own, theirs, **parameters) if there else None
         found |= {name.replace("/", "_"): float(array.mean()) for name, array in own.items()}

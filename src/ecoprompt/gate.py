@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import Field
 
 from ecoprompt.classifier import flagged_label, load_classifier
-from ecoprompt.files import read_header, read_toml
+from ecoprompt.files import read_shapes, read_toml
 from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
 from ecoprompt.views import normalise, parts, word_windows
@@ -102,8 +102,7 @@ class LinearGate:
         from safetensors.numpy import load_file
 
         settings = _settings(folder, cls.kind, cls.NUMBERS)
-        held = read_header(folder / WEIGHTS)
-        if any(math.prod(shape) > MOST_FEATURES for _, shape in held.values()):
+        if any(math.prod(shape) > MOST_FEATURES for shape in read_shapes(folder / WEIGHTS).values()):
             raise InputError(f"{folder / WEIGHTS}: found more than {MOST_FEATURES} weights, expected fewer")
         try:
             tensors = load_file(folder / WEIGHTS)

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ecoprompt import sources
 from ecoprompt.registry import benchmarks, nearest
-
-
-class Table(sources.Table):
-    """A table of a recipe, whose numbers are finite."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
+from ecoprompt.sources import Table
 
 
 class LoraTable(Table):

@@ -14,7 +14,7 @@ from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.recipe import Recipe
 from ecoprompt.registry import InputError, methods
-from ecoprompt.sources import ForgetSet, GateTexts, TrainingSources, TrainingTexts, prompts, read
+from ecoprompt.sources import ForgetSet, TrainingSources, TrainingTexts, prompts, total
 
 ABOUT = "training.json"
 """The file of a trained model's folder that says how it was made, and what that cost."""
@@ -53,11 +53,11 @@ def count_lessons(recipe: Recipe, also: Sequence[str] = ()) -> dict[str, int | N
     """How many rows that is, None where only a download would tell; no text is read off them."""
     benchmark, forget_set, training, root = _subject(recipe)
     counts: dict[str, list[int | None]] = {
-        "forget": [benchmark._count(texts, forget_set, root) for texts in training.forget],
-        "retain": [benchmark._count(texts, forget_set, root) for texts in training.retain],
+        "forget": [benchmark.count(texts, forget_set, root) for texts in training.forget],
+        "retain": [benchmark.count(texts, forget_set, root) for texts in training.retain],
     }
-    counts["retain"] += [benchmark._count(benchmark.subset(name), forget_set, root) for name in also]
-    return {name: None if None in found else sum(map(int, filter(None, found))) for name, found in counts.items()}
+    counts["retain"] += [benchmark.count(benchmark.subset(name), forget_set, root) for name in also]
+    return {name: total(found) for name, found in counts.items()}
 
 
 def model_names(recipe: Recipe) -> dict[str, str]:
@@ -85,7 +85,7 @@ def planned_training(recipe: Recipe) -> dict[str, Any]:
     planned: dict[str, Any] = {}
     if recipe.finetune:
         counts = count_lessons(recipe, recipe.finetune.also)
-        counts["full"] = None if None in counts.values() else sum(map(int, filter(None, counts.values())))
+        counts["full"] = total(list(counts.values()))
         planned["finetune"] = {name: counts[kind] for kind, name in model_names(recipe).items()}
     if recipe.baseline:
         planned["baseline"] = {recipe.baseline.loss: count_lessons(recipe)["forget"]}
@@ -116,8 +116,7 @@ def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Pat
 
 
 def _lessons(benchmark: Benchmark, texts: TrainingTexts, forget_set: ForgetSet, root: Path | None) -> list[Lesson]:
-    source = benchmark._source(texts, forget_set)
-    rows = read(source, texts, forget_set, root)
-    check_columns(rows, source, {texts.answer: object if texts.plain else str})  # a text may end where it began
-    asked = prompts(rows, source, GateTexts(prompt=texts.prompt), benchmark.prompt)
+    rows = benchmark.read(texts, forget_set, root)
+    check_columns(rows, {texts.answer: object if texts.plain else str})  # a text may end where it began
+    asked = prompts(rows, texts.prompt or benchmark.prompt)
     return [Lesson(prompt, str(row[texts.answer]), texts.plain) for prompt, row in zip(asked, rows, strict=True)]

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from ecoprompt.benchmarks import Benchmark, MetricName, declare
+from ecoprompt.benchmarks import declare
+from ecoprompt.items import MetricName
 from ecoprompt.registry import InputError, benchmarks, describe
 from ecoprompt.sources import Table, Template, Texts
+from ecoprompt.sweep import given
 
-TEXT_FILE = ".txt"
-"""The suffix of a text, which is read in passages: the first sentence of each asks for the rest."""
 NAME = re.compile(r"[\w-]+")
 _declared: set[str] = set()
 
@@ -50,7 +50,7 @@ class OwnBenchmark(Table):
         """The same as a table of benchmarks.toml, with the forget set `forget`."""
         forget, retain = _subsets("forget", self.forget), _subsets("retain", self.retain)
         subsets = {
-            name: self._subset(file) | ({"forget": True} if name in forget else {})
+            name: self._lessons(file) | {"metrics": self.metrics, "forget": name in forget}
             for name, file in (forget | retain).items()
         }
         return {
@@ -66,24 +66,24 @@ class OwnBenchmark(Table):
                 "negative": [text for file in retain.values() for text in self._texts(file)],
             },
             "training": {
-                "forget": [self._lessons(file) for file in forget.values()],
-                "retain": [self._lessons(file) for file in retain.values()],
+                "forget": [self._lessons(file) | {"plain": _is_text(file)} for file in forget.values()],
+                "retain": [self._lessons(file) | {"plain": _is_text(file)} for file in retain.values()],
             },
         }
 
-    def _subset(self, file: str) -> dict[str, Any]:
-        lessons = self._lessons(file)
-        return {name: lessons[name] for name in ("config", "prompt", "answer")} | {"metrics": self.metrics}
-
     def _lessons(self, file: str) -> dict[str, Any]:
-        text = file.lower().endswith(TEXT_FILE)
-        prompt, answer = ("{{ first_sentence }}", "rest") if text else (self.prompt, self.answer)
-        return {"config": file, "prompt": prompt, "answer": answer, "plain": text}
+        prompt, answer = ("{{ first_sentence }}", "rest") if _is_text(file) else (self.prompt, self.answer)
+        return {"config": file, "prompt": prompt, "answer": answer}
 
     def _texts(self, file: str) -> list[dict[str, Any]]:
-        if file.lower().endswith(TEXT_FILE):
+        if _is_text(file):
             return [{"config": file, "field": field} for field in ("first_sentence", "text")]
         return [{"config": file, "prompt": self.prompt}]
+
+
+def _is_text(file: str) -> bool:
+    """Whether it is read in passages, of each of which the first sentence asks for the rest."""
+    return file.lower().endswith(".txt")
 
 
 def _subsets(kind: str, files: Files) -> dict[str, str]:
@@ -106,9 +106,8 @@ def declare_own(raw: Mapping[str, Any], base: Path) -> list[str]:
     """
     while _declared:
         benchmarks.drop(_declared.pop())
-    tables = raw.get("benchmark", {})
     problems = []
-    for name, table in tables.items() if isinstance(tables, dict) else ():
+    for name, table in given(raw, "benchmark", dict).items():
         where = f"benchmark.{name}"
         if name in benchmarks:
             problems.append(f"'{where}': '{name}' is a benchmark that comes with the package, choose another name")
@@ -116,18 +115,12 @@ def declare_own(raw: Mapping[str, Any], base: Path) -> list[str]:
             problems.append(f"'{where}': found the name {name!r}, expected letters, digits, '-' and '_'")
         elif isinstance(table, dict):
             try:
-                benchmarks.add(name, _declared_by(name, table, base, where))
+                if not {"subsets", "gate", "of"} & table.keys():
+                    table = OwnBenchmark.model_validate(table).declaration()
+                benchmarks.add(name, declare(name, table, base, where))
                 _declared.add(name)
+            except ValidationError as error:
+                problems += describe(error, OwnBenchmark, where, f"benchmark '{name}'")
             except InputError as error:
                 problems += error.problems
     return problems
-
-
-def _declared_by(name: str, table: Mapping[str, Any], base: Path, where: str) -> Benchmark:
-    if {"subsets", "gate", "of"} & table.keys():
-        return declare(name, table, base, where)
-    try:
-        own = OwnBenchmark.model_validate(dict(table))
-    except ValidationError as error:
-        raise InputError(*describe(error, OwnBenchmark, where, f"benchmark '{name}'")) from None
-    return declare(name, own.declaration(), base, where)

@@ -11,19 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
 from ecoprompt.learning import BaselineTable, FinetuneTable, check_training
 from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, methods, nearest, searches, selectors
+from ecoprompt.sources import Table
 from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
-
-
-class Table(BaseModel):
-    """A table of a recipe: frozen, typed strictly, refusing unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelTable(Table):
@@ -287,10 +282,9 @@ def parse_model(raw: Mapping[str, Any]) -> ModelTable:
 def resolve_runs(recipe: Recipe) -> list[Run]:
     """The runs of a recipe in order; one that a sweep changes is repeated and named `eco[corruption.strength=5]`."""
     swept: dict[str, list[tuple[dict[str, str], Run]]] = {name: [] for name in recipe.run}
-    for point in points(recipe._written or recipe.document()):
-        chosen, problems = _validate(point.tables)
-        if chosen is None:
-            raise InputError(*problems)
+    for point in points(recipe._written):
+        chosen, _ = _validate(point.tables)
+        assert chosen is not None  # every point was checked when the recipe was read
         for name, table in chosen.run.items():
             swept[name].append((point.labels, _resolve(name, table, chosen)))
     runs: dict[str, Run] = {}
@@ -306,7 +300,7 @@ def resolve_runs(recipe: Recipe) -> list[Run]:
 def _changes(key: str, found: Sequence[tuple[dict[str, str], Run]]) -> bool:
     """Whether runs differ at points of a sweep that differ in `key` alone."""
     others = [tuple(value for name, value in values.items() if name != key) for values, _ in found]
-    return len(set(zip(others, (digest(_plain(run)) for _, run in found), strict=True))) > len(set(others))
+    return len(set(zip(others, (digest(*vars(run).values()) for _, run in found), strict=True))) > len(set(others))
 
 
 def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
@@ -317,12 +311,6 @@ def _resolve(name: str, table: RunTable, recipe: Recipe) -> Run:
         return Run(name, model, table.prefix)
     corruption = table.corruption or recipe.corruption
     return Run(name, model, table.prefix, recipe.seed, recipe.gate, recipe.tokens, corruption)
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    return {
-        key: value.model_dump(mode="json") if isinstance(value, Table) else value for key, value in vars(run).items()
-    }
 
 
 def _validate(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:

@@ -126,16 +126,13 @@ class Registry(Mapping[str, Any]):
             from pydantic import ConfigDict, create_model
 
             function = self[name]
-            fields: dict[str, Any] = {}
-            for parameter in inspect.signature(function).parameters.values():
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                    annotation = parameter.annotation
-                    if isinstance(annotation, str):
-                        annotation = eval(annotation, vars(inspect.getmodule(function)))  # noqa: S307
-                    default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-                    fields[parameter.name] = (annotation, default)
+            fields: dict[str, Any] = {
+                one.name: (one.annotation, ... if one.default is one.empty else one.default)
+                for one in inspect.signature(function).parameters.values()
+                if one.kind is one.KEYWORD_ONLY
+            }
             config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-            self._schemas[name] = create_model(name, __config__=config, **fields)
+            self._schemas[name] = create_model(name, __config__=config, __module__=function.__module__, **fields)
         return self._schemas[name]
 
     def bind(self, name: str, parameters: Mapping[str, Any], where: str = "") -> dict[str, Any]:

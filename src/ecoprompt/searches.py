@@ -48,7 +48,7 @@ def adaptive(
     it ends no farther from its target; then in random directions at right angles, each estimated by a pair, with a
     radius that doubles with every gain and halves when several steps in a row gain nothing.
     """
-    line = _Line(search, search.space.to_unit(start), np.ones(search.space.size))
+    line = _Line(search, search.space.to_unit(start))
     _outward(line, radius)
     while (distance := _between(line, finest)) is not None:
         line.visit(distance)
@@ -147,23 +147,23 @@ Visited = tuple[float, Evaluation]
 
 
 class _Line:
-    """Evaluations along a direction through a point, each parameter once, with their distances from the point."""
+    """Evaluations of a point that moves as one, each parameter once, with their distances from where it started."""
 
-    def __init__(self, search: Search, centre: np.ndarray, direction: np.ndarray) -> None:
-        self._search, self._centre, self._direction = search, centre, direction
+    def __init__(self, search: Search, centre: np.ndarray) -> None:
+        self._search, self._centre = search, centre
         self._visited: dict[tuple[float, ...], Visited] = {}
         self.low, self.high = -float(centre.max()), 1.0 - float(centre.min())
 
     def visit(self, distance: float) -> Evaluation:
         """The evaluation at a distance; one whose parameter was visited keeps the distance that it had."""
-        found = self._search.at(self._centre + distance * self._direction)
+        found = self._search.at(self._centre + distance)
         self._visited.setdefault(found.parameter, (distance, found))
         return found
 
     def is_new(self, distance: float) -> bool:
         """Whether a distance leads to a parameter that was not visited."""
         space = self._search.space
-        return space.settle(space.from_unit(self._centre + distance * self._direction)) not in self._visited
+        return space.settle(space.from_unit(self._centre + distance)) not in self._visited
 
     @property
     def visited(self) -> list[Visited]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoprompt.metrics import LogProb, direction, rouge
@@ -100,8 +99,9 @@ def _words(text: str) -> list[str]:
     return list(NLTKWordTokenizer().tokenize(text))
 
 
-def bert_scorer(model: str = BERT, layers: int = 5) -> Any:
-    """bert-score's scorer on the first `layers` of `model`, a Hub id or a folder; 5 are bert-score's choice for BERT.
+@functools.cache
+def _scorer() -> Any:
+    """bert-score's scorer on the first five layers of BERT, which are its own choice.
 
     Raises InputError without the extra, and EcopromptError where the model cannot be had.
     """
@@ -109,30 +109,20 @@ def bert_scorer(model: str = BERT, layers: int = 5) -> Any:
         from bert_score import BERTScorer
     except ImportError:
         raise InputError("the metric 'bertscore' needs bert-score: pip install 'ecoprompt[bertscore]'") from None
-    reason = None if Path(model).is_dir() else out_of_reach(model, "config.json")
+    reason = out_of_reach(BERT, "config.json")
     if reason is not None:
         raise EcopromptError(
-            f"the metric 'bertscore' reads the model '{model}', which is not here and the Hub cannot be reached "
-            f"({reason}); download it where there is a network (`hf download {model}`)"
+            f"the metric 'bertscore' reads the model '{BERT}', which is not here and the Hub cannot be reached "
+            f"({reason}); download it where there is a network (`hf download {BERT}`)"
         )
-    return BERTScorer(model_type=model, num_layers=layers)
-
-
-@functools.cache
-def _scorer() -> Any:
-    return bert_scorer()
+    return BERTScorer(model_type=BERT, num_layers=5)
 
 
 @metrics.register
 @direction("higher", ready=_scorer, model=BERT)
 def bertscore(generation: str, target: str) -> float:
     """BERTScore F1 by distilbert-base-uncased, not rescaled (extra `bertscore`); 0 for an empty generation."""
-    return bert_f1(_scorer(), generation, target)
-
-
-def bert_f1(scorer: Any, generation: str, target: str) -> float:
-    """BERTScore F1 of one text, by bert-score's `scorer`, which has no value for an empty one."""
-    return float(scorer.score([generation], [target])[2][0]) if generation.strip() else 0.0
+    return float(_scorer().score([generation], [target])[2][0]) if generation.strip() else 0.0
 
 
 @metrics.register

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from ecoprompt.data import Row, Rows, Source, check_below, check_columns, load_rows, local_file
+from ecoprompt.data import Row, Rows, Source, check_below, check_columns, load_rows
 from ecoprompt.passages import passages
 from ecoprompt.registry import InputError
 from ecoprompt.template import fill, template_names
@@ -30,9 +30,9 @@ class GateData:
 
 
 class Table(BaseModel):
-    """A table of a declaration: frozen, typed strictly, refusing unknown keys."""
+    """A table of a recipe or of a declaration: frozen, typed strictly, refusing unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Named(Table):
@@ -63,15 +63,10 @@ def _check_config(template: str) -> None:
     fill(template, {"forget": "", "retain": ""})
 
 
-def _check_local(template: str) -> None:
-    _check_config(template)
-    check_below(template)
-
-
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Template = Annotated[str, as_value_error(template_names)]
 Config = Annotated[str, as_value_error(_check_config)]
-Local = Annotated[str, as_value_error(_check_local)]
+Local = Annotated[Config, as_value_error(check_below)]
 Place = Annotated[int, Field(ge=0)]
 
 
@@ -143,6 +138,10 @@ class GateSources(Table):
     negative: Annotated[tuple[GateTexts, ...], Field(strict=False, min_length=1)] = ()
     checks: dict[str, GateCheck] = {}
 
+    def readings(self) -> list[GateTexts]:
+        """All that is read, to train and to test."""
+        return [*self.positive, *self.negative, *self.checks.values()]
+
 
 class TrainingTexts(Reading):
     """What a model is trained on: prompts (default: the benchmark's) with the column of their `answer`.
@@ -167,7 +166,7 @@ def read(source: Source, reading: Reading, forget_set: ForgetSet | None, root: P
     rows = load_rows(source, root)
     taken = list(range(len(rows)))
     if reading.rows != "all":
-        taken = _of(rows, source, reading.rows, forget_set)
+        taken = _of(rows, reading.rows, forget_set)
     if reading.first is not None:
         taken = taken[: reading.first]
     if reading.sample is not None:
@@ -178,17 +177,17 @@ def read(source: Source, reading: Reading, forget_set: ForgetSet | None, root: P
     if reading.values:
         rows[:] = [{**row, **reading.values} for row in rows]
     if reading.passage is not None:
-        check_columns(rows, source, {reading.passage: str})
+        check_columns(rows, {reading.passage: str})
         rows[:] = [{**row, **passages(row[reading.passage])[0]} for row in rows]
     return rows
 
 
-def _of(rows: Rows, source: Source, which: str, forget_set: ForgetSet | None) -> list[int]:
+def _of(rows: Rows, which: str, forget_set: ForgetSet | None) -> list[int]:
     """The places of the rows that belong to the forget set, to its neighbours, or to neither."""
     if forget_set is None or not forget_set.where:
-        raise InputError(f"{source.label}: only a forget set with 'where' says which rows are '{which}'")
+        raise InputError(f"{rows.origin}: only a forget set with 'where' says which rows are '{which}'")
     forget, near = forget_set.where, forget_set.neighbours
-    check_columns(rows, source, dict.fromkeys({**forget, **near}, object))
+    check_columns(rows, dict.fromkeys({**forget, **near}, object))
 
     def kind(row: Row) -> str:
         if _matches(row, forget):
@@ -203,29 +202,17 @@ def _matches(row: Row, values: Mapping[str, tuple[str, ...]]) -> bool:
     return all(str(row[column]) in allowed for column, allowed in values.items())
 
 
-def count(
-    source: Source, reading: Reading, forget_set: ForgetSet | None, root: Path | None, published: int | None
-) -> int | None:
-    """How many rows `read` would give: of local data, else by the count that was `published`, if it tells, else as many
-    as are declared to be taken `first`."""
-    if local_file(source, root) is not None:
-        return len(read(source, reading, forget_set, root))
-    known = min((number for number in (published, reading.first) if number is not None), default=None)
-    if known is None or reading.rows != "all":
-        return None
-    start, end = reading.sample or (0, known)
-    return max(0, min(end, known) - start)
-
-
-def prompts(rows: Rows, source: Source, texts: GateTexts, template: str) -> list[str]:
-    """The prompt of every row: its column `field`, or the template filled."""
-    if texts.field is not None:
-        check_columns(rows, source, {texts.field: str})
-        return [row[texts.field] for row in rows]
-    template = texts.prompt or template
+def prompts(rows: Rows, template: str) -> list[str]:
+    """The prompt that `template` makes of every row."""
     columns: dict[str, type] = dict.fromkeys(sorted(template_names(template)), object)
-    check_columns(rows, source, columns | dict.fromkeys(sorted(template_names(template, printed=True)), str))
+    check_columns(rows, columns | dict.fromkeys(sorted(template_names(template, printed=True)), str))
     return [fill(template, row) for row in rows]
+
+
+def total(counts: Sequence[int | None]) -> int | None:
+    """The sum of counts, None if one is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def without_overlap(data: GateData) -> GateData:

@@ -10,9 +10,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ecoprompt.registry import InputError, nearest, show
+
+T = TypeVar("T")
 
 MOST = 10_000
 """Combinations of a sweep: each is checked before any is run."""
@@ -87,10 +89,15 @@ def _words(value: Any, inside: bool = True) -> str:
     return json.dumps(value, default=str).replace(",", "\\u002c")
 
 
+def given(table: object, key: str, kind: type[T]) -> T:
+    """What stands under `key` of a table; an empty one where there is nothing, or what its schema finds fault with."""
+    found = table.get(key) if isinstance(table, dict) else None
+    return found if isinstance(found, kind) else kind()
+
+
 def check_sweep(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with a sweep: with its keys, with lists that are none, with how many combinations there are."""
-    sweep, runs = raw.get("sweep", {}), raw.get("run")
-    known = list(runs) if isinstance(runs, dict) else []
+    sweep, known = raw.get("sweep", {}), given(raw, "run", dict)
     if not isinstance(sweep, dict):
         return [f"'sweep': found {show(sweep)}, expected a table"]
     problems = []
