@@ -16,6 +16,7 @@ import ecoprompt
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
     [
+        "processes",
         "registry",
         "files",
         "zeroth",

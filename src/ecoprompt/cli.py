@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ecoprompt import processes
 from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
-from ecoprompt.terminal import console, drop_output, fail, interrupt, message, number, print_json, progress_bar, show
+from ecoprompt.terminal import console, drop_output, fail, hush, interrupt, message, number, print_json, progress_bar, show, speak_up
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -56,9 +57,11 @@ def _command(function: F) -> F:
     def translated(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        hush()
         try:
             function(*args, **kwargs)
             sys.stdout.flush()
+            processes.leave()
         except KeyboardInterrupt:
             fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
@@ -69,9 +72,11 @@ def _command(function: F) -> F:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
                 drop_output()
+            told = message(error)
+            speak_up()
             if debug:
                 traceback.print_exc()
-            fail(*message(error))
+            fail(*told)
 
     # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
     import inspect

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ecoprompt.processes import from_main, is_main
+
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
 ARROWS = {"higher": "↑", "lower": "↓", "closer to retain": "≈", "closer to chance": "~"}
@@ -23,13 +25,14 @@ class Store:
 
     What is put in at once is one line, so it is there whole or not at all: a line that was cut off is passed over. Of
     several values of a key the last one counts. What other processes append after the file was opened is not seen.
+    Of the processes of a launcher, the main one reads and writes the file for all.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
-        for values, seconds in _records(path.read_bytes()) if path.exists() else ():
+        for values, seconds in _records(from_main(lambda: path.read_bytes() if path.exists() else b"")):
             self._keep(values, seconds)
 
     def __len__(self) -> int:
@@ -51,13 +54,16 @@ class Store:
         if not pairs:
             return
         values = dict(pairs)
-        line = json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n"
+        if is_main():
+            self._append(json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n")
+        self._keep(values, seconds)
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+", buffering=0) as file:
             left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
-        self._keep(values, seconds)
 
     def _keep(self, values: Mapping[str, Any], seconds: float) -> None:
         self._values.update(values)
@@ -89,12 +95,17 @@ def key(**parts: Any) -> str:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed."""
+    """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed.
+
+    Of the processes of a launcher, the main one alone writes.
+    """
     write_bytes_atomic(path, text.encode())
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """As `write_text_atomic`, of bytes."""
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

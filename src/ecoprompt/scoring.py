@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ecoprompt import processes
 from ecoprompt.metrics import LogProb
 from ecoprompt.models import Loaded, batches, encode, encode_pair, pad
 from ecoprompt.probe import packed
@@ -93,25 +94,46 @@ def answer(
 
     `guard` is one that is not attached: it is where a prompt is read. Batches are formed of all the requests before it
     is asked which are stored, and are stored whole, so that a restart computes what is missing in the batches of a
-    run that went through, and gets the same numbers to the last bit, unless memory was out in one of them.
+    run that went through, and gets the same numbers to the last bit, unless memory was out in one of them. The batches
+    are dealt out to the processes of a launcher, which ask for the same and are all given all results; the seconds are
+    those of all of them together.
     """
     room = room or Room(loaded)
     unique = dict(requests)
+    _check_agreement(unique)
     done = 0
     for kind, (compute, doing) in KINDS.items():
         chosen = [(name, request) for name, request in unique.items() if request.kind == kind]
         if kind == "generation" and guard is None:
             chosen = _started(loaded, unique, chosen, store)
-        for batch in _units(loaded, [request for _, request in chosen], room.first):
-            wanted = [chosen[number] for number in batch if chosen[number][0] not in store]
-            if wanted:
-                started = time.perf_counter()
-                values = room.fit(functools.partial(compute, loaded, guard, [request for _, request in wanted]))
-                seconds = time.perf_counter() - started
-                store.put_many([(name, value) for (name, _), value in zip(wanted, values, strict=True)], seconds)
-            done += len(batch)
+        units = _units(loaded, [request for _, request in chosen], room.first)
+        wanted = [[chosen[number] for number in unit if chosen[number][0] not in store] for unit in units]
+        done += sum(map(len, units)) - sum(map(len, wanted))
+        progress(doing, done, len(unique))
+
+        def fill(unit: Sequence[tuple[str, Request]], compute: Callable[..., list[Any]] = compute) -> _Filled:
+            started = time.perf_counter()
+            values = room.fit(functools.partial(compute, loaded, guard, [request for _, request in unit]))
+            return [(name, value) for (name, _), value in zip(unit, values, strict=True)], time.perf_counter() - started
+
+        for filled in processes.deal([unit for unit in wanted if unit], fill):
+            for values, seconds in filled:
+                store.put_many(values, seconds)
+                done += len(values)
             progress(doing, done, len(unique))
     return math.fsum(map(store.seconds, unique))
+
+
+_Filled = tuple[list[tuple[str, Any]], float]
+
+
+def _check_agreement(requests: Mapping[str, Request]) -> None:
+    """Raises EcopromptError unless all processes of a launcher ask for the same."""
+    if len(set(processes.gather(key(requests=list(requests))))) > 1:
+        raise EcopromptError(
+            "the processes do not ask for the same: all need the same files, versions and kind of device, and a folder "
+            "of results (--output) that they share"
+        )
 
 
 def _started(
@@ -134,7 +156,7 @@ class Room:
     """
 
     def __init__(self, loaded: Loaded, tokens: int | None = None) -> None:
-        self.first = self.tokens = tokens or _affordable(loaded.model)
+        self.first = self.tokens = tokens or min(processes.gather(_affordable(loaded.model)))
         cuda = loaded.model.device.type == "cuda"
         self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // _table(loaded.model)[0]
         self.shares = True
