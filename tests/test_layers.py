@@ -16,8 +16,8 @@ import ecoprompt
 PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
     [
-        "processes",
         "registry",
+        "processes",
         "files",
         "zeroth",
         "searches",

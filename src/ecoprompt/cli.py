@@ -17,7 +17,19 @@ import typer
 
 from ecoprompt import processes
 from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
-from ecoprompt.terminal import console, drop_output, fail, hush, interrupt, message, number, print_json, progress_bar, show, speak_up
+from ecoprompt.terminal import (
+    console,
+    drop_output,
+    fail,
+    hush,
+    interrupt,
+    message,
+    number,
+    print_json,
+    progress_bar,
+    show,
+    speak_up,
+)
 
 F = TypeVar("F", bound=Callable[..., None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,16 @@ from ecoprompt.learning import FinetuneTable
 from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
+from ecoprompt.processes import drop, from_main, main_first, several
 from ecoprompt.recipe import ModelTable, Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
-from ecoprompt.training import encode_lesson, save_model, train_causal_lm, trained_before, with_adapters
+from ecoprompt.training import (
+    encode_lesson,
+    save_model,
+    train_causal_lm,
+    trained_before,
+    with_adapters,
+)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 MODELS = "models"
@@ -46,9 +52,9 @@ def _make(
     recipe: Recipe, table: FinetuneTable, start: Loaded, lessons: Sequence[Lesson], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """Trains one model, unless that was done; how it was made."""
-    settings = table.model_dump(mode="json", exclude={"models"})
+    settings = table.model_dump(mode="json", exclude={"models"}) | several()
     how = digest(settings, recipe.seed, start.fingerprint, [[one.prompt, one.answer, one.plain] for one in lessons])
-    before = trained_before(folder, how)
+    before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return before
     most = most_tokens(recipe, table)
@@ -60,18 +66,19 @@ def _make(
         model, start.tokenizer, examples, table, seed=recipe.seed, what=what, progress=progress, folder=checkpoints
     )
     about = {"digest": how, "examples": len(examples), **trained.about(), "settings": settings}
-    save_model(model, start.tokenizer, folder, table, about)
-    shutil.rmtree(checkpoints)
+    save_model(model, start.tokenizer, folder, table, about, trained.weights)
+    drop(checkpoints)
     return about
 
 
 def checkpoints_of(folder: Path, how: str) -> Path:
     """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
     wanted = folder.with_name(f".{folder.name}-{how}")
-    for other in folder.parent.glob(f".{folder.name}-" + "?" * len(how)):
-        if other != wanted:
-            shutil.rmtree(other)
-    wanted.mkdir(parents=True, exist_ok=True)
+    with main_first():
+        for other in folder.parent.glob(f".{folder.name}-" + "?" * len(how)):
+            if other != wanted:
+                drop(other)
+        wanted.mkdir(parents=True, exist_ok=True)
     return wanted
 
 

@@ -6,11 +6,16 @@ Without a launcher there is one process, and nothing here costs anything.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ecoprompt.registry import EcopromptError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -20,7 +25,7 @@ R = TypeVar("R")
 COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 LONGEST = timedelta(days=30)
-"""How long a process waits for another: a gate may train for hours, and a launcher ends those that wait for a dead one."""
+"""A process waits for another: a gate may train for hours, and a launcher ends those that wait for a dead one."""
 
 
 def count() -> int:
@@ -85,6 +90,48 @@ def deal(units: Sequence[T], compute: Callable[[T], R]) -> Iterator[list[R]]:
     for start in range(0, len(units), count()):
         mine = units[start + rank() : start + rank() + 1]
         yield [made for part in gather([compute(unit) for unit in mine]) for made in part]
+
+
+def check_agreement(value: object) -> None:
+    """Raises EcopromptError unless all processes have the same to do."""
+    if count() > 1 and len(set(gather(hashlib.sha256(repr(value).encode()).digest()))) > 1:
+        raise EcopromptError(
+            "the processes do not ask for the same: all need the same files, versions and kind of device, and a folder "
+            "of results (--output) that they share"
+        )
+
+
+class Order:
+    """The order in which one process would take rows, and then as many of nothing as fill the batches of all.
+
+    The main process draws it for all. Accelerate by itself would fill up with rows of the beginning.
+    """
+
+    def __init__(self, order: Any, together: int) -> None:
+        self.order, self.together = order, together
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.together) * self.together
+
+    def __iter__(self) -> Iterator[int | None]:
+        yield from from_main(lambda: list(self.order))
+        yield from [None] * (len(self) - len(self.order))
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the draws of an epoch are told by."""
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+
+def several() -> dict[str, Any]:
+    """What is to be said of a training's settings where several processes share it, whose batches add up."""
+    return {"processes": count()} if count() > 1 else {}
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder; the main process does."""
+    if is_main():
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -92,48 +92,37 @@ def answer(
 ) -> float:
     """Compute the requests, each under its key, and put the results into `store`; returns the seconds they took.
 
-    `guard` is one that is not attached: it is where a prompt is read. Batches are formed of all the requests before it
-    is asked which are stored, and are stored whole, so that a restart computes what is missing in the batches of a
-    run that went through, and gets the same numbers to the last bit, unless memory was out in one of them. The batches
-    are dealt out to the processes of a launcher, which ask for the same and are all given all results; the seconds are
-    those of all of them together.
+    `guard` is not attached: it is where a prompt is read. Processes share the batches, and get all results. Batches are
+    formed of all the requests before it is asked which are stored, and are stored whole, so that a restart computes
+    what is missing in those of a run that went through, and gets the same numbers to the last bit, if memory lasts.
     """
     room = room or Room(loaded)
     unique = dict(requests)
-    _check_agreement(unique)
+    processes.check_agreement(list(unique))
     done = 0
     for kind, (compute, doing) in KINDS.items():
         chosen = [(name, request) for name, request in unique.items() if request.kind == kind]
         if kind == "generation" and guard is None:
             chosen = _started(loaded, unique, chosen, store)
         units = _units(loaded, [request for _, request in chosen], room.first)
-        wanted = [[chosen[number] for number in unit if chosen[number][0] not in store] for unit in units]
-        done += sum(map(len, units)) - sum(map(len, wanted))
-        progress(doing, done, len(unique))
-
-        def fill(unit: Sequence[tuple[str, Request]], compute: Callable[..., list[Any]] = compute) -> _Filled:
-            started = time.perf_counter()
-            values = room.fit(functools.partial(compute, loaded, guard, [request for _, request in unit]))
-            return [(name, value) for (name, _), value in zip(unit, values, strict=True)], time.perf_counter() - started
-
+        wanted = [dict(one for one in map(chosen.__getitem__, unit) if one[0] not in store) for unit in units]
+        done += len(chosen) - sum(map(len, wanted))
+        if units:
+            progress(doing, done, len(unique))
+        fill = functools.partial(_fill, functools.partial(compute, loaded, guard), room)
         for filled in processes.deal([unit for unit in wanted if unit], fill):
             for values, seconds in filled:
-                store.put_many(values, seconds)
+                store.put_many(list(values.items()), seconds)
                 done += len(values)
             progress(doing, done, len(unique))
     return math.fsum(map(store.seconds, unique))
 
 
-_Filled = tuple[list[tuple[str, Any]], float]
-
-
-def _check_agreement(requests: Mapping[str, Request]) -> None:
-    """Raises EcopromptError unless all processes of a launcher ask for the same."""
-    if len(set(processes.gather(key(requests=list(requests))))) > 1:
-        raise EcopromptError(
-            "the processes do not ask for the same: all need the same files, versions and kind of device, and a folder "
-            "of results (--output) that they share"
-        )
+def _fill(compute: Callable[..., list[Any]], room: Room, unit: Mapping[str, Request]) -> tuple[dict[str, Any], float]:
+    """The values of a unit by their keys, and the seconds that they took."""
+    started = time.perf_counter()
+    values = room.fit(functools.partial(compute, list(unit.values())))
+    return dict(zip(unit, values, strict=True)), time.perf_counter() - started
 
 
 def _started(
@@ -337,22 +326,11 @@ def _attached(guard: Guard | None) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: guard or nullcontext()
 
 
-def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
-    """The greedy continuation of each prompt, cut at its own `max_new_tokens`."""
-    return _continuations(loaded, guard, requests, room)
-
-
-def _samples(loaded: Loaded, guard: Guard | None, requests: Sequence[Sample], room: Room) -> list[Any]:
-    """A sampled continuation for each request, otherwise as `_generations`."""
-    return _continuations(loaded, guard, requests, room, requests)
-
-
-def _continuations(
-    loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room, drawn: Sequence[Sample] = ()
-) -> list[str]:
-    """The greedy continuations as text, or those that `drawn` draws, one for each request."""
+def _continuations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[str]:
+    """The continuation of each prompt as text, cut at its own `max_new_tokens`: greedy, or drawn if all are samples."""
     from ecoprompt.prefill import continuations
 
+    drawn = [request for request in requests if isinstance(request, Sample)]
     draw = _drawing(drawn)
 
     def pick(logits: Tensor, rows: Sequence[int], steps: Sequence[int]) -> Tensor:
@@ -415,8 +393,8 @@ def decode(loaded: Loaded, ids: Sequence[int]) -> str:
 
 KINDS: dict[str, tuple[Callable[..., list[Any]], str]] = {
     "log_prob": (_log_probs, "scoring"),
-    "generation": (_generations, "generating"),
-    "sample": (_samples, "sampling"),
+    "generation": (_continuations, "generating"),
+    "sample": (_continuations, "sampling"),
     "logits": (_logits, "reading logits"),
 }
 """What computes each kind of request, and what that is called while it lasts."""

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ecoprompt import processes
 from ecoprompt.learning import Course
 from ecoprompt.lessons import ABOUT, Lesson
-from ecoprompt.losses import IGNORED
+from ecoprompt.losses import IGNORED, taught
 from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
 from ecoprompt.results import to_json, write_text_atomic
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINT = "checkpoint-"
-Loss = Callable[[Any, Mapping[str, Any], float], torch.Tensor]
-"""The loss of (model, batch, epoch)."""
+Step = Sequence[Mapping[str, torch.Tensor]]
+"""The labels of every batch that an optimiser step adds up, by part: of all processes, and of gradient accumulation."""
+Loss = Callable[[Any, Mapping[str, Any], float, Step], torch.Tensor]
+"""The loss of (model, batch, epoch, step)."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,23 @@ class Example:
     labels: tuple[int, ...]
 
 
+NOTHING = Example((0, 0), (IGNORED, IGNORED))
+"""Fills up the last batches of an epoch, so that each of several processes has as many."""
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The loss of each optimiser step, and the cost: seconds, tokens that the model read, peak memory in MiB."""
+    """The loss of each optimiser step, and the cost: seconds, tokens that the model read, peak memory in MiB.
+
+    Several processes read their tokens together, and the greatest memory counts. `weights` are those of a model that
+    was spread over them, on the main one.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     memory: float = 0.0
+    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def about(self) -> dict[str, Any]:
         """The same in short, with the mean loss of the first and of the last tenth of the steps."""
@@ -151,18 +165,21 @@ def run_trainer(
         )
         trainer.loss = loss
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_newest(folder) if folder is not None else None)
+        trainer.train(resume_from_checkpoint=processes.from_main(lambda: _newest(folder)))
+        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
     model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = sum(entry["seconds"] for entry in history)
     losses = [entry["loss"] for entry in history]
-    return Trained(losses, seconds, int(trainer.state.num_input_tokens_seen), _peak_memory())
+    memory = max(processes.gather(_peak_memory()))
+    return Trained(losses, seconds, int(trainer.state.num_input_tokens_seen), memory, weights)
 
 
 def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     bf16 = gpu and torch.cuda.is_bf16_supported() if course.arithmetic == "auto" else course.arithmetic == "bfloat16"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=course.epochs,
         per_device_train_batch_size=course.batch_size,
@@ -173,7 +190,8 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         weight_decay=course.weight_decay,
         max_grad_norm=course.max_grad_norm,
         bf16=bf16,
-        use_cpu=bf16 and not gpu,
+        use_cpu=not gpu,
+        ddp_find_unused_parameters=False,
         seed=seed,
         train_sampling_strategy="group_by_length" if course.by_length else "random",
         logging_steps=1,
@@ -185,10 +203,14 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, each has a process of its own, or none
+    return arguments
 
 
-def _newest(folder: Path) -> str | None:
+def _newest(folder: Path | None) -> str | None:
     """The newest checkpoint that is whole; what a killed process left half written is removed."""
+    if folder is None:
+        return None
     found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
     for path in reversed(found):
         try:
@@ -243,8 +265,20 @@ def trained_before(folder: Path, digest: str) -> dict[str, Any] | None:
     return about if about.get("digest") == digest else None
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: Mapping[str, Any]) -> None:
-    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`."""
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    course: Course,
+    about: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`.
+
+    `weights` are those of a model that is spread over processes, of which the main one writes.
+    """
+    if not processes.is_main():
+        return
     if course.lora is not None:
         model = model.merge_and_unload()
     part = folder.with_name(f".{folder.name}.part")
@@ -252,7 +286,11 @@ def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: 
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model.to(getattr(torch, course.stored)).save_pretrained(part)
+        dtype = getattr(torch, course.stored)
+        if weights is None:
+            model.to(dtype).save_pretrained(part)
+        else:
+            model.save_pretrained(part, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
@@ -271,23 +309,43 @@ class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.examples[index].ids, "example": self.examples[index]}
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        one = NOTHING if index is None else self.examples[index]
+        return {"input_ids": one.ids, "example": one}
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
     """`Trainer` with a loss of its own, if it has one, that counts the tokens which the model reads."""
 
     loss: Loss | None = None
+    step: Step = ()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As `Trainer`'s, and what all batches of the step have in common."""
+        taken, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [{"": one} if self.loss is None else one for one in taken]
+        masks = [part["attention_mask"][taught(part["labels"])] for one in parts for part in one.values()]
+        labels = [{name: part["labels"].cpu() for name, part in one.items()} for one in parts]
+        together = processes.gather((sum(int(mask.sum()) for mask in masks), labels if self.loss else []))
+        self.state.num_input_tokens_seen += sum(tokens for tokens, _ in together)
+        self.step = [one for _, some in together for one in some]
+        return taken, items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        masks = [part["attention_mask"] for part in ([inputs] if self.loss is None else inputs.values())]
-        self.state.num_input_tokens_seen += sum(int(mask.sum()) for mask in masks)
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self.loss(model, inputs, self.state.epoch or 0.0)
+        return self.loss(model, inputs, self.state.epoch or 0.0, self.step)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        count, data = processes.count(), self.train_dataset if train_dataset is None else train_dataset
+        if count == 1:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * count
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        together = batch * self.args.gradient_accumulation_steps
+        return processes.Order(LengthGroupedSampler(together, data) if grouped else SeedableRandomSampler(data), batch)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
