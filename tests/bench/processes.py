@@ -64,7 +64,7 @@ def numbers(folder: Path, command: str) -> list[float]:
     if command == "evaluate":
         with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
-        values = [json.loads(line)["values"] for line in (folder / "rows.jsonl").open(encoding="utf-8")]
+        values = [json.loads(line)["values"] for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
         cells = [cell for row in table for name, cell in row.items() if name not in ("run", "seconds") and cell]
         return [float(cell) for cell in cells] + [float(value) for one in values for value in one.values()]
     if command == "optimize":
