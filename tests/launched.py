@@ -2,7 +2,8 @@
 
 `accelerate launch … tests/launched.py RECIPE OUTPUT COMMAND… [KEY=VALUE…]` runs the commands one after the other in the
 same processes, which spares starting them anew, and writes every step's loss into a trained model's `training.json`.
-COMMAND `fail` or `die` ends the last process alone, by an exception or as a lack of memory would.
+COMMAND `fail` or `die` ends the last process alone, by an exception or as a lack of memory would; `spread` lets FSDP spread
+models over CPUs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,29 @@ def work(file: str, output: Path, arguments: Sequence[str]) -> None:
     recipe = load_recipe(file, [one for one in arguments if "=" in one])
     functions: dict[str, Any] = {"evaluate": evaluate, "optimize": optimize, "finetune": finetune, "baseline": baseline}
     for command in (one for one in arguments if "=" not in one):
-        if command in functions:
+        if command == "spread":
+            spread_over_cpus()
+        elif command in functions:
             functions[command](recipe, output)
         elif processes.rank() == processes.count() - 1:
             if command == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("the last process cannot go on")
+
+
+def spread_over_cpus() -> None:
+    """Let accelerate 1.15 take processes on CPUs for such as it spreads models over: PyTorch does, by gloo."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    begin = PartialState.__init__
+
+    def begin_as_on_gpus(self: Any, cpu: bool = False, **settings: Any) -> None:
+        begin(self, cpu, **settings)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_on_gpus
 
 
 if __name__ == "__main__":

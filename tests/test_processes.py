@@ -79,11 +79,22 @@ def write_recipe(folder: Path) -> Path:
     return folder / "toy.toml"
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+PLAIN = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def launch(*arguments: object, options: str = PLAIN) -> subprocess.CompletedProcess[str]:
     """Two processes of tests/launched.py, by accelerate's launcher."""
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     own = {"PYTHONPATH": str(Path(ecoprompt.__file__).parents[1]), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options.split(),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     return subprocess.run(
         [*command, str(HERE / "launched.py"), *map(str, arguments)],
         env=os.environ | own,
@@ -145,6 +156,21 @@ def test_two_processes_train_as_one_does_with_their_batches_together(both, model
     weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4
     assert [path.name for path in two.parent.iterdir()] == [two.name]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_spread_is_trained_and_saved_whole(both, tmp_path):
+    one, two = both[0], tmp_path / "out" / "toy"
+    halved = ["finetune.batch_size=2", "baseline.batch_size=2"]
+    options = f"--config_file {HERE.parent / 'docs' / 'scale' / 'fsdp.yaml'}"
+    recipe = write_recipe(tmp_path)
+    done = launch(recipe, tmp_path / "out", "spread", "finetune", "baseline", *halved, options=options)
+    assert done.returncode == 0, done.stderr
+    for model in TRAINED:
+        ours, theirs = (json.loads((folder / model / "training.json").read_text()) for folder in (one, two))
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+        weights, others = (load_file(folder / model / "model.safetensors") for folder in (one, two))
+        assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4
 
 
 def test_a_process_that_fails_alone_ends_all_with_its_message(tmp_path):
