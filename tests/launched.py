@@ -2,8 +2,8 @@
 
 `accelerate launch … tests/launched.py RECIPE OUTPUT COMMAND… [KEY=VALUE…]` runs the commands one after the other in the
 same processes, which spares starting them anew, and writes every step's loss into a trained model's `training.json`.
-COMMAND `fail` or `die` ends the last process alone, by an exception or as a lack of memory would; `spread` lets FSDP spread
-models over CPUs.
+COMMAND `fail` or `die` ends the last process alone, by an exception or as a lack of memory would; `spread` lets FSDP
+spread models over CPUs.
 """
 
 from __future__ import annotations
