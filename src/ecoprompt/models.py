@@ -181,7 +181,8 @@ def _attention(place: str, dtype: str, options: Mapping[str, Any]) -> str | None
     if not fits or not transformers.utils.is_flash_attn_2_available():
         return None
     given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(transformers.AutoConfig.from_pretrained(place, **given)))
+    config = transformers.AutoConfig.from_pretrained(place, **given)
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "flash_attention_2" if getattr(family, "_supports_flash_attn", False) else None
 
 

@@ -236,6 +236,8 @@ def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
     """The model with the low-rank adapters that `[…] lora` asks for, alone to be trained; else as it is."""
     if course.lora is None:
         return model
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+        raise InputError("'lora': adapters cannot be merged into a model that FSDP or DeepSpeed spreads")
     try:
         import peft
     except ImportError:
