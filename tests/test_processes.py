@@ -41,8 +41,8 @@ dims = 4
 strength = 2.0
 [optimize]
 metric = "forget_probability"
-target = 0.01
-budget = 2
+target = 0.5
+budget = 3
 [run.original]
 [run.eco]
 forget = true
