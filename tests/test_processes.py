@@ -237,6 +237,7 @@ def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
             patched.setattr(sys, name, getattr(sys, name))
         terminal.hush()
         print("nothing")
+        sys.stdout.close()
     assert capsys.readouterr().out == ""
 
 
