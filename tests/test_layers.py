@@ -17,6 +17,7 @@ PACKAGE = Path(ecoprompt.__file__).parent
 ORDER = (
     [
         "registry",
+        "processes",
         "files",
         "zeroth",
         "searches",
@@ -68,6 +69,7 @@ ORDER = (
         "evaluate",
         "planning",
         "optimize",
+        "checkpoints",
         "training",
         "finetune",
         "baseline",
@@ -75,9 +77,9 @@ ORDER = (
     + ["chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`card`, `turns`, `verdicts`, `calls`, `learning`, `lessons` and `sophia` are parts of modules that follow them,
-`template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics, `passages` of the data,
-`planning` and `printing` of the commands."""
+`card`, `turns`, `verdicts`, `calls`, `learning`, `lessons`, `checkpoints` and `sophia` are parts of modules
+that follow them, `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics,
+`passages` of the data, `planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -262,3 +262,16 @@ def test_a_wrong_key_is_told(keys, told):
     with pytest.raises(InputError) as error:
         methods.bind("npo", keys, "baseline")
     assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize("term", losses)
+def test_the_batches_of_a_step_average_to_the_loss_of_one_great_batch(term):
+    """Though one has three labels and the other one: of two processes, or of gradient accumulation."""
+    step = [LABELS[:1], LABELS[1:], torch.full((1, 4), IGNORED)]  # and one that only fills a batch up
+
+    def part(number: int) -> torch.Tensor:
+        row = [number % 2]
+        read = {name: Scored(READ[name].logits[row], step[number], READ[name].hidden[row], step) for name in NAMES}
+        return value(term, read | {"direction": READ["direction"]})
+
+    torch.testing.assert_close(sum(map(part, range(3))) / 3, value(term))

@@ -243,8 +243,45 @@ def test_a_damaged_model_gets_a_message(model_folder, settings_of):
 def test_quantization_without_its_extra_gets_a_message(settings_of, quantization):
     if transformers.utils.is_bitsandbytes_available():
         pytest.skip("bitsandbytes is installed")
-    with pytest.raises(EcopromptError, match="does not load"):
+    told = re.escape("'model.quantization' needs bitsandbytes: pip install 'ecoprompt[quantization]'")
+    with pytest.raises(EcopromptError, match=f"^{told}$"):
         load_model(settings_of(quantization=quantization))
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("8bit", (True, False)), ("4bit", (False, True))])
+def test_quantization_is_by_bitsandbytes_where_it_is(monkeypatch, quantization, bits):
+    monkeypatch.setattr(transformers.utils, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(transformers.BitsAndBytesConfig, "post_init", lambda self: None)
+    config = models._quantization(quantization, "bfloat16")
+    assert (config.load_in_8bit, config.load_in_4bit) == bits
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_sixteen_bits_are_for_a_gpu_that_has_them(monkeypatch, has, dtype):
+    assert models._dtype() == "float32" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert models._dtype() == dtype
+
+
+def test_flash_attention_is_taken_where_it_is_installed_and_fits(monkeypatch, model_folder):
+    def chosen(capability=(8, 0), dtype="bfloat16", fits=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_supports_flash_attn", fits)
+        return models._attention(str(model_folder), dtype, {"trust_remote_code": False, "quantization_config": None})
+
+    assert chosen() is None  # there is no GPU, or no flash-attn
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    assert chosen() == "flash_attention_2"
+    assert [chosen(capability=(7, 5)), chosen(dtype="float32"), chosen(fits=False)] == [None, None, None]
+
+
+def test_a_model_is_not_spread_by_each_of_several_processes(monkeypatch, settings_of):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="'model.device_map' spreads a model over the GPUs that one process sees"):
+        load_model(settings_of(device_map="auto"))
 
 
 # What the Hub says

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+from ecoprompt import processes
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.forget import Decision
 from ecoprompt.guard import Guard
@@ -219,14 +220,19 @@ def judge(
     """What a run's gate says of all rows, without a language model; and the seconds that it took."""
     prefix = _prefix(recipe, run)
     started = time.perf_counter()
-    asked = []
-    for start in range(0, len(items), JUDGED):
-        progress("judging the prompts", start, len(items))
-        some = items[start : start + JUDGED]
-        scores = trained.gate.score([prefix + item.prompt for item in some]) if trained else [None] * len(some)
-        for item, score in zip(some, scores, strict=True):
-            flagged = score is not None and trained is not None and not score <= trained.threshold
-            asked.append(Asked(item, {}, {}, flagged, None if score is None else float(score)))
+    if trained is None:
+        return [Asked(item, {}, {}) for item in items], 0.0
+    gate, scores = trained.gate, list[float]()
+
+    def score(some: Sequence[Item]) -> list[float]:
+        return [float(score) for score in gate.score([prefix + item.prompt for item in some])]
+
+    for found in processes.deal([items[start : start + JUDGED] for start in range(0, len(items), JUDGED)], score):
+        scores += [score for part in found for score in part]
+        progress("judging the prompts", len(scores), len(items))
+    asked = [
+        Asked(item, {}, {}, not score <= trained.threshold, score) for item, score in zip(items, scores, strict=True)
+    ]
     return asked, time.perf_counter() - started
 
 

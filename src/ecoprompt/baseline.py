@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
 from ecoprompt.data import Source, check_columns, load_rows
 from ecoprompt.files import read_text
 from ecoprompt.finetune import to_train
@@ -18,19 +19,18 @@ from ecoprompt.lessons import Lesson, Lessons, baseline_table, lessons_of, most_
 from ecoprompt.losses import Method, Scored
 from ecoprompt.models import Loaded, load_model
 from ecoprompt.pack import OUTPUT
+from ecoprompt.processes import from_main, several
 from ecoprompt.recipe import Recipe, digest
 from ecoprompt.registry import InputError, Progress, methods, quiet
 from ecoprompt.training import (
+    NOTHING,
     Example,
     Loss,
-    checkpoints_of,
+    Step,
     collate,
-    drop_checkpoints,
     encode_lesson,
     padding,
     run_trainer,
-    save_model,
-    trained_before,
     with_adapters,
 )
 
@@ -51,10 +51,10 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     refusals = read_refusals(table.idk, len(lessons.forget)) if "idk" in method.reads() else []
     loaded = load_model(to_train(recipe.model))
     folder = output / recipe.name / BASELINES / table.loss
-    settings = table.model_dump(mode="json", exclude={"parameters"}) | table.parameters
+    settings = table.model_dump(mode="json", exclude={"parameters"}) | table.parameters | several()
     taught = [[vars(one) for one in part] for part in (lessons.forget, lessons.retain)]
     how = digest(settings, recipe.seed, loaded.fingerprint, taught, refusals)
-    before = trained_before(folder, how)
+    before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return folder, before
     pairs = Pairs(lessons, refusals, method, loaded, table, most_tokens(recipe, table), recipe.seed)
@@ -65,7 +65,7 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     what = f"unlearning by {table.loss}"
     trained = run_trainer(model, pairs, pairs.batch, table, recipe.seed, what, progress, checkpoints, loss)
     about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings}
-    save_model(model, loaded.tokenizer, folder, table, about)
+    save_model(model, loaded.tokenizer, folder, table, about, trained.weights)
     drop_checkpoints(folder)
     return folder, about
 
@@ -117,7 +117,9 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
         read = (name.removesuffix(ORIGINAL) for name in self.method.reads(self.epoch))
         return [name for name in dict.fromkeys(read) if name != "direction"]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        if index is None:
+            return dict.fromkeys(self.names(), NOTHING)
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         at, forget = self.forget[index]
         met, retain = rng.choice(self.retain)
@@ -147,25 +149,29 @@ def loss_of(method: Method, table: BaselineTable, loaded: Loaded, seed: int) -> 
     direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     direction = (direction / direction.norm()).to(loaded.model.device)
 
-    def loss(model: Any, batches: Mapping[str, Any], epoch: float) -> torch.Tensor:
+    def loss(model: Any, batches: Mapping[str, Any], epoch: float, step: Step = ()) -> torch.Tensor:
         read: dict[str, Any] = {"direction": direction}
         for name in (name for name in method.reads(epoch) if name != "direction"):
             with torch.set_grad_enabled(not name.endswith(ORIGINAL)):
                 asked = original if name.endswith(ORIGINAL) else model
-                read[name] = _score(asked, batches[name.removesuffix(ORIGINAL)], layer)
+                part = name.removesuffix(ORIGINAL)
+                read[name] = _score(asked, batches[part], layer, [labels[part] for labels in step])
         return method(read, epoch, **table.parameters)
 
     return loss
 
 
-def _score(model: Any, batch: Mapping[str, torch.Tensor], layer: int | None) -> Scored:
+def _score(
+    model: Any, batch: Mapping[str, torch.Tensor], layer: int | None, step: Sequence[torch.Tensor] = ()
+) -> Scored:
     found = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         output_hidden_states=layer is not None,
         use_cache=False,
     )
-    return Scored(found.logits, batch["labels"], None if layer is None else found.hidden_states[layer + 1])
+    hidden = None if layer is None else found.hidden_states[layer + 1]
+    return Scored(found.logits, batch["labels"], hidden, step)
 
 
 def _layer(model: Any, table: BaselineTable) -> int:

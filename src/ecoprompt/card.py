@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ecoprompt.files import write_bytes_atomic, write_text_atomic
 from ecoprompt.plots import rendered
-from ecoprompt.results import gate_cells, gate_report, markdown_table, write_bytes_atomic, write_text_atomic
+from ecoprompt.results import gate_cells, gate_report, markdown_table
 from ecoprompt.template import fill
 
 CARD, PLOT = "README.md", "tradeoff.png"

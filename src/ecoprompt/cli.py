@@ -14,11 +14,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ecoprompt import processes
 from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
 from ecoprompt.terminal import (
     console,
     drop_output,
     fail,
+    hush,
     interrupt,
     message,
     number,
@@ -26,6 +28,7 @@ from ecoprompt.terminal import (
     print_json,
     progress_bar,
     show,
+    speak_up,
 )
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -76,9 +79,11 @@ def _command(function: F) -> F:
     def translated(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        hush()
         try:
             function(*args, **kwargs)
             sys.stdout.flush()
+            processes.leave()
         except KeyboardInterrupt:
             fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
@@ -89,9 +94,11 @@ def _command(function: F) -> F:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
                 drop_output()
+            told = message(error)
+            speak_up()
             if debug:
                 traceback.print_exc()
-            fail(*message(error))
+            fail(*told)
 
     # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
     import inspect

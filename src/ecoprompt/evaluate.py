@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ecoprompt import processes
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.items import Item
@@ -325,4 +326,5 @@ def _hardware() -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": devices}
+    told = {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": devices}
+    return told | {"processes": processes.count()}

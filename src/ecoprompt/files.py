@@ -1,15 +1,19 @@
-"""Reading files that a stranger wrote: inside their folder, bounded in size and depth, and without any code."""
+"""Reading files that a stranger wrote: inside their folder, bounded, and without any code; and writing whole ones."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ecoprompt.processes import is_main
 from ecoprompt.registry import InputError
 
 MOST_TEXT = 1 << 20
@@ -147,3 +151,45 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a safetensors file, or one that is cut off ({error})") from None
+
+
+FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
+"""What safetensors, tokenizers and torch say where they can write no further."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is to be written; if it cannot be, an OSError says which file that was."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+    # Of tokenizers, a bare Exception. Torch does not say why it cannot write: it hardly ever is anything else.
+    except Exception as error:
+        if FULL.search(str(error)) is None:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed.
+
+    Of the processes of a launcher, the main one alone writes.
+    """
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """As `write_text_atomic`, of bytes."""
+    if not is_main():
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

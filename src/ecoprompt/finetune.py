@@ -13,19 +13,17 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
 from ecoprompt.learning import FinetuneTable
 from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
+from ecoprompt.processes import from_main, several
 from ecoprompt.recipe import ModelTable, Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
 from ecoprompt.training import (
-    checkpoints_of,
-    drop_checkpoints,
     encode_lesson,
-    save_model,
     train_causal_lm,
-    trained_before,
     with_adapters,
 )
 
@@ -53,9 +51,9 @@ def _make(
     recipe: Recipe, table: FinetuneTable, start: Loaded, lessons: Sequence[Lesson], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """Trains one model, unless that was done; how it was made."""
-    settings = table.model_dump(mode="json", exclude={"models"})
+    settings = table.model_dump(mode="json", exclude={"models"}) | several()
     how = digest(settings, recipe.seed, start.fingerprint, [[one.prompt, one.answer, one.plain] for one in lessons])
-    before = trained_before(folder, how)
+    before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return before
     most = most_tokens(recipe, table)
@@ -67,7 +65,7 @@ def _make(
         model, start.tokenizer, examples, table, seed=recipe.seed, what=what, progress=progress, folder=checkpoints
     )
     about = {"digest": how, "examples": len(examples), **trained.about(), "settings": settings}
-    save_model(model, start.tokenizer, folder, table, about)
+    save_model(model, start.tokenizer, folder, table, about, trained.weights)
     drop_checkpoints(folder)
     return about
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ecoprompt import processes
 from ecoprompt.registry import Progress
 
 
@@ -47,7 +48,7 @@ def fine_tune(
         return {"errors": float(misses + alarms / judged)}
 
     best = BestEpoch(progress)
-    with tempfile.TemporaryDirectory() as folder:
+    with processes.alone(), tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
             _arguments(folder, settings),

@@ -24,7 +24,7 @@ class Course(Table):
     """How weights are trained, with a cosine schedule."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(5.0, description="passes over the data")
-    batch_size: Annotated[int, Field(ge=1)] = Field(4, description="examples on a device at once")
+    batch_size: Annotated[int, Field(ge=1)] = Field(4, description="examples on a device at once, that is of a process")
     accumulation: Annotated[int, Field(ge=1)] = Field(1, description="batches of an optimiser step")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(2e-5, description="the highest")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which it rises")

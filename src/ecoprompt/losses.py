@@ -9,7 +9,7 @@ in any term.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,11 +33,22 @@ class Scored:
     logits: Tensor
     labels: Tensor
     hidden: Tensor | None = None
+    step: Sequence[Tensor] = ()
+    """The labels of all batches that one optimiser step adds up, this one's among them; none: it is alone."""
+
+    def mean(self, values: Tensor, counts: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of `values` where `counts(labels)`, both [B, T-1] or [B].
+
+        Of one of several batches it is the part of their common mean, times their number: what averages them, over
+        gradient accumulation or processes, gets the mean of one great batch, however the lengths are spread.
+        """
+        here = counts(self.labels)
+        everywhere = [counts(labels).sum() for labels in self.step] or [here.sum()]
+        return values.masked_fill(~here, 0.0).sum() * len(everywhere) / sum(everywhere).clamp(min=1)  # type: ignore[union-attr]
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         """The log-probabilities of every next token [B, T-1, V], the next labels, and where these count [B, T-1]."""
-        labels = self.labels[:, 1:]
-        counts = labels != IGNORED
+        labels, counts = self.labels[:, 1:], learnt(self.labels)
         return self.logits[:, :-1].float().log_softmax(-1), labels.masked_fill(~counts, 0), counts
 
     def of_labels(self) -> tuple[Tensor, Tensor]:
@@ -48,6 +59,16 @@ class Scored:
     def of_sequences(self) -> Tensor:
         """The log-probability of every row's labels together [B]."""
         return self.of_labels()[0].sum(-1)
+
+
+def learnt(labels: Tensor) -> Tensor:
+    """Where the next label counts [B, T-1]."""
+    return labels[:, 1:] != IGNORED
+
+
+def taught(labels: Tensor) -> Tensor:
+    """Which rows have a label that counts [B]; those that only fill a batch up have none."""
+    return (labels != IGNORED).any(-1)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -68,10 +89,6 @@ Layer = Annotated[
 ]
 
 
-def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    return values.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
-
-
 def _log_sigmoid(values: Tensor) -> Tensor:
     from torch.nn.functional import logsigmoid
 
@@ -80,16 +97,14 @@ def _log_sigmoid(values: Tensor) -> Tensor:
 
 def _divergence(student: Scored, teacher: Scored, temperature: float = 1.0) -> Tensor:
     """Mean Kullback-Leibler divergence of the student from the teacher per token, over the vocabulary."""
-    counts = student.next()[2]
     p, q = ((one.logits[:, :-1].float() / temperature).log_softmax(-1) for one in (teacher, student))
-    return temperature**2 * _mean((p.exp() * (p - q)).sum(-1), counts)
+    return temperature**2 * student.mean((p.exp() * (p - q)).sum(-1), learnt)
 
 
 @losses.register
 def cross_entropy(retain: Scored) -> Tensor:
     """Mean cross-entropy of the retain set's tokens, in nats."""
-    log_probs, counts = retain.of_labels()
-    return -_mean(log_probs, counts)
+    return -retain.mean(retain.of_labels()[0], learnt)
 
 
 @losses.register
@@ -141,7 +156,7 @@ def random_mismatch(mismatch: Scored) -> Tensor:
 def npo_term(forget: Scored, forget_original: Scored, *, beta: Beta = 0.1) -> Tensor:
     """-2/β · mean log σ(-β log π(y|x) / π₀(y|x)) (Zhang et al. 2024, eq. 3)."""
     ratio = forget.of_sequences() - forget_original.of_sequences()
-    return -2 / beta * _log_sigmoid(-beta * ratio).mean()
+    return -2 / beta * forget.mean(_log_sigmoid(-beta * ratio), taught)
 
 
 @losses.register
@@ -149,7 +164,7 @@ def simnpo_term(forget: Scored, *, beta: Beta = 4.5, gamma: Margin = 0.0) -> Ten
     """-2/β · mean log σ(-β/|y| · log π(y|x) - γ) (Fan et al. 2024, SimNPO)."""
     log_probs, counts = forget.of_labels()
     per_token = log_probs.sum(-1) / counts.sum(-1).clamp(min=1)
-    return -2 / beta * _log_sigmoid(-beta * per_token - gamma).mean()
+    return -2 / beta * forget.mean(_log_sigmoid(-beta * per_token - gamma), taught)
 
 
 @losses.register
@@ -160,7 +175,7 @@ def dpo_term(forget: Scored, forget_original: Scored, idk: Scored, idk_original:
     """
     preferred = idk.of_sequences() - idk_original.of_sequences()
     rejected = forget.of_sequences() - forget_original.of_sequences()
-    return -2 / beta * _log_sigmoid(beta * (preferred - rejected)).mean()
+    return -2 / beta * forget.mean(_log_sigmoid(beta * (preferred - rejected)), taught)
 
 
 @losses.register
@@ -177,32 +192,32 @@ def _states(scored: Scored, target: Tensor | None) -> Tensor:
     assert target is not None
     apart = (scored.hidden.float() - target.float()).square().mean(-1)
     counts = scored.labels != IGNORED
-    rows = apart.masked_fill(~counts, 0.0).sum(-1) / counts.sum(-1).clamp(min=1)
-    return rows.mean()
+    of_rows = apart.masked_fill(~counts, 0.0).sum(-1) / counts.sum(-1).clamp(min=1)
+    return scored.mean(of_rows, taught)
 
 
 @losses.register
 def self_distillation(forget: Scored, forget_original: Scored, *, beta: Lowered = 10.0) -> Tensor:
     """Mean cross-entropy to the original's probabilities, the label's logit lowered by β (Dong et al. 2024)."""
-    log_probs, labels, counts = forget.next()
+    log_probs, labels, _ = forget.next()
     lowered = forget_original.logits[:, :-1].float()
     lowered = lowered.scatter_add(-1, labels[..., None], lowered.new_full((*labels.shape, 1), -beta))
-    return -_mean((lowered.softmax(-1) * log_probs).sum(-1), counts)
+    return -forget.mean((lowered.softmax(-1) * log_probs).sum(-1), learnt)
 
 
 @losses.register
 def weighted_ascent(forget: Scored, *, beta: Exponent = 1.0) -> Tensor:
     """Gradient ascent with each token weighing p^β, p its probability (Wang et al. 2025, WGA)."""
-    log_probs, counts = forget.of_labels()
-    return _mean(log_probs.detach().exp() ** beta * log_probs, counts)
+    log_probs, _ = forget.of_labels()
+    return forget.mean(log_probs.detach().exp() ** beta * log_probs, learnt)
 
 
 @losses.register
 def saturated_ascent(forget: Scored, *, beta1: Exponent = 5.0, beta2: Exponent = 1.0) -> Tensor:
     """Gradient ascent with each token weighing p^β₁ (1 - p)^β₂, p its probability (Yang et al. 2025, SatImp)."""
-    log_probs, counts = forget.of_labels()
+    log_probs, _ = forget.of_labels()
     p = log_probs.detach().exp()
-    return _mean(p**beta1 * (1 - p).clamp(min=0) ** beta2 * log_probs, counts)
+    return forget.mean(p**beta1 * (1 - p).clamp(min=0) ** beta2 * log_probs, learnt)
 
 
 @losses.register
@@ -211,9 +226,13 @@ def cross_entropy_unlearning(forget: Scored, *, spared: Spared = 1) -> Tensor:
 
     The first `spared` labels of a row do not count, as in the paper's experiments.
     """
-    log_probs, labels, counts = forget.next()
+    log_probs, labels, _ = forget.next()
+
+    def counts(labels: Tensor) -> Tensor:
+        return learnt(labels) & (learnt(labels).cumsum(-1) > spared)
+
     target = log_probs.detach().scatter(-1, labels[..., None], float("-inf")).softmax(-1)
-    return -_mean((target * log_probs).sum(-1), counts & (counts.cumsum(-1) > spared))
+    return -forget.mean((target * log_probs).sum(-1), counts)
 
 
 def inputs(term: str) -> tuple[str, ...]:

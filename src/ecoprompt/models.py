@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecoprompt import processes
 from ecoprompt.registry import EcopromptError, InputError, nearest
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ def load_model(settings: ModelTable) -> Loaded:
     """Load the model and tokenizer that `[model]` describes, ready to evaluate."""
     if settings.name is None:
         raise InputError("no model is named; give [model] name, or --model")
+    if settings.device_map and processes.count() > 1:
+        raise InputError(
+            "'model.device_map' spreads a model over the GPUs that one process sees; start one, or leave it out"
+        )
     place = locate(settings.name)
     import torch
     import transformers
@@ -105,18 +110,20 @@ def load_model(settings: ModelTable) -> Loaded:
 
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
+    if cuda and processes.count() > 1:
+        processes.join()  # each has a GPU of its own, "cuda" from now on
     # Not to be asked on standard input, where on a pipe the next prompt might say yes.
     options: dict[str, Any] = {"trust_remote_code": False}
     options |= {"revision": settings.revision} if settings.revision else {}
-    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if cuda else "float32")
+    dtype = settings.dtype if settings.dtype != "auto" else _dtype()
     try:
         spoken = settings.tokenizer or place.tokenizer
         own = options if spoken == place.model else {"trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(spoken, **own)
         if settings.quantization:
-            options["quantization_config"] = _quantization(settings.quantization)
-        if settings.attention != "auto" or (cuda and dtype != "float32" and _has_flash_attention()):
-            options["attn_implementation"] = "flash_attention_2" if settings.attention == "auto" else settings.attention
+            options["quantization_config"] = _quantization(settings.quantization, dtype)
+        attention = settings.attention if settings.attention != "auto" else _attention(place.model, dtype, options)
+        options |= {"attn_implementation": attention} if attention else {}
         if settings.device_map:
             options["device_map"] = settings.device_map
         model = transformers.AutoModelForCausalLM.from_pretrained(place.model, dtype=getattr(torch, dtype), **options)
@@ -146,16 +153,37 @@ def set_format(tokenizer: PreTrainedTokenizerBase, settings: ModelTable, templat
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _quantization(kind: str) -> Any:
+def _dtype() -> str:
+    """bfloat16 where a GPU computes in it, else float32."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+def _quantization(kind: str, dtype: str) -> Any:
+    """How bitsandbytes is to load a model in 8 or 4 bits (NF4, as in QLoRA) that computes in `dtype`."""
     import transformers
 
-    return transformers.BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+    if not transformers.utils.is_bitsandbytes_available():
+        raise EcopromptError("'model.quantization' needs bitsandbytes: pip install 'ecoprompt[quantization]'")
+    four: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit", **four)
 
 
-def _has_flash_attention() -> bool:
-    from transformers.utils import is_flash_attn_2_available
+def _attention(place: str, dtype: str, options: Mapping[str, Any]) -> str | None:
+    """flash-attn where it is installed and fits the GPU (Ampere or newer), the data type and the model; None is
+    PyTorch's own."""
+    import torch
+    import transformers
 
-    return bool(is_flash_attn_2_available())
+    fits = dtype != "float32" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if not fits or not transformers.utils.is_flash_attn_2_available():
+        return None
+    given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    config = transformers.AutoConfig.from_pretrained(place, **given)
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "flash_attention_2" if getattr(family, "_supports_flash_attn", False) else None
 
 
 def _template(given: str | None) -> str | None:

@@ -17,13 +17,14 @@ from ecoprompt.benchmarks import Benchmark
 from ecoprompt.checks import STRENGTHS
 from ecoprompt.corruption import dimensions
 from ecoprompt.evaluate import STORE, tables_of, values_of
+from ecoprompt.files import write_bytes_atomic, writing
 from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.plots import draw_search, rendered
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
-from ecoprompt.results import RETAIN, Store, write_bytes_atomic, writing
+from ecoprompt.results import RETAIN, Store
 from ecoprompt.zeroth import Found, Measured, Space, minimise
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.card import tradeoff, write_card
 from ecoprompt.classifier import fetch
-from ecoprompt.files import CLASSIFIER, check_folder, read_toml
+from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
 from ecoprompt.gate import (
     FORMAT,
@@ -31,19 +31,9 @@ from ecoprompt.gate import (
 )
 from ecoprompt.models import HUB_ID
 from ecoprompt.pressure import press
-from ecoprompt.recipe import (
-    Calibration,
-    CorruptionTable,
-    DataTable,
-    GateTable,
-    Recipe,
-    TokensTable,
-    digest,
-    load_recipe,
-    shipped,
-)
+from ecoprompt.processes import is_main, main_first
+from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
 from ecoprompt.registry import EcopromptError, InputError, Progress, benchmarks, corruptions, gates, nearest, quiet
-from ecoprompt.results import write_text_atomic, writing
 from ecoprompt.sources import GateData, without_overlap
 
 PACK = "forget.toml"
@@ -91,6 +81,12 @@ def obtain_gate(
         assert not isinstance(table.threshold, Calibration)
         about = {"trained": {"settings": {"classifier": table.parameters["classifier"]}}}
         return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [], about)
+    with main_first():
+        return _stored_or_trained(recipe, table, seed, output, progress)
+
+
+def _stored_or_trained(recipe: Recipe, table: GateTable, seed: int, output: Path, progress: Progress) -> TrainedGate:
+    """The gate of the recipe's pack, trained if it is not there; other processes then find it there."""
     data = _gate_data(recipe)
     trained_on = _trained_on(table, seed, data)
     folder = pack_folder(recipe, table, seed, output)
@@ -154,6 +150,8 @@ def save_learned(
     import tomli_w
 
     folder = pack_folder(recipe, recipe.gate, recipe.seed, output)
+    if not is_main():
+        return folder
     if is_published(recipe.gate):  # which has no pack by itself, or one from a search with other tables
         save_pack(folder, recipe, trained, recipe.seed, "")
     document = _read_pack(folder) | {"corruption": dict(corruption), LEARNED: dict(about)}
@@ -196,16 +194,9 @@ def pack_folder(recipe: Recipe, table: GateTable, seed: int, output: Path = OUTP
     return output / recipe.name / ("pack" if own else f"pack-{digest(_training(table), seed)}")
 
 
-def gate_subject(recipe: Recipe) -> DataTable:
-    """The recipe's [data]; raises InputError where there is none."""
-    if recipe.data is None:
-        raise InputError(f"{recipe.name}: training, calibrating or measuring a gate needs [data] forget")
-    return recipe.data
-
-
 def _gate_data(recipe: Recipe) -> GateData:
     """The prompts to train, calibrate and measure a gate on."""
-    table = gate_subject(recipe)
+    table = recipe.subject()
     benchmark, forget_set = parse_forget(table.forget)
     root = Path(table.root) if table.root else None
     data = benchmark.gate_texts(forget_set, root)
@@ -276,8 +267,10 @@ def save_pack(
     """Write a forget pack: forget.toml and the gate's folder; whole or not at all, also when killed.
 
     `trained_on` is the digest of the gate's data and settings, by which it is known again; `table` is the gate's where
-    a sweep changes it.
+    a sweep changes it. Of the processes of a launcher, the main one alone writes.
     """
+    if not is_main():
+        return
     import tomli_w
 
     document = {

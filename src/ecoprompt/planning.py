@@ -12,7 +12,7 @@ from ecoprompt.benchmarks import parse_forget
 from ecoprompt.evaluate import metrics_read, tables_of
 from ecoprompt.lessons import planned_training
 from ecoprompt.models import HUB_ID, aliases
-from ecoprompt.pack import OUTPUT, gate_subject, is_published
+from ecoprompt.pack import OUTPUT, is_published
 from ecoprompt.recipe import Recipe, parse_recipe, resolve_runs
 from ecoprompt.registry import benchmarks, metrics
 
@@ -46,7 +46,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def gate_part(recipe: Recipe) -> Recipe:
     """What `train-classifier` reads of a recipe; raises InputError where it has no [data]."""
-    gate_subject(recipe)
+    recipe.subject()
     read = ("name", "seed", "data", "gate", "tokens", "corruption", "benchmark")
     return parse_recipe({name: recipe._written[name] for name in read if name in recipe._written}, recipe.name)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecoprompt.results import RETAIN, chosen_columns, heading_of, write_bytes_atomic
+from ecoprompt.files import write_bytes_atomic
+from ecoprompt.results import RETAIN, chosen_columns, heading_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,12 +28,12 @@ class ModelTable(Table):
     tokenizer: str | None = Field(None, description="folder or Hub id of the tokenizer, if it is not with the model")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of weights and arithmetic; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto", description="of weights and arithmetic; auto: bfloat16 on a GPU that has it, else float32"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where it is installed and fits, else PyTorch's own"
     )
-    device_map: str | None = Field(None, description='"auto" spreads a model over several GPUs')
+    device_map: str | None = Field(None, description='"auto" spreads a model over the GPUs of one process')
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="by bitsandbytes (extra `quantization`)")
     chat_template: str | None = Field(
         None, description="a Jinja chat template, or the alias whose template is used, instead of the tokenizer's own"
@@ -174,6 +174,12 @@ class Recipe(Table):
         from ecoprompt.own import declare_own
 
         declare_own({"benchmark": self.benchmark}, self._base)
+
+    def subject(self) -> DataTable:
+        """[data]; raises InputError where there is none."""
+        if self.data is None:
+            raise InputError(f"{self.name}: training, calibrating or measuring a gate needs [data] forget")
+        return self.data
 
     def document(self) -> dict[str, Any]:
         """The recipe as the plain tables of a TOML file, every default filled in but those that depend on a sweep."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecoprompt.files import write_text_atomic
 from ecoprompt.plots import draw, rendered
 from ecoprompt.results import (
     cells_of,
@@ -17,7 +18,6 @@ from ecoprompt.results import (
     number,
     paired_cells_of,
     title_of,
-    write_text_atomic,
 )
 
 TEMPLATE = "report.html"

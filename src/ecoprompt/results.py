@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ecoprompt.files import write_text_atomic, writing
+from ecoprompt.processes import from_main, is_main
 
 RETAIN = "retain"
 """The run whose values the forget set's are compared with."""
@@ -25,13 +26,14 @@ class Store:
 
     What is put in at once is one line, so it is there whole or not at all: a line that was cut off is passed over. Of
     several values of a key the last one counts. What other processes append after the file was opened is not seen.
+    Of the processes of a launcher, the main one reads and writes the file for all.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
-        for values, seconds in _records(path.read_bytes()) if path.exists() else ():
+        for values, seconds in _records(from_main(lambda: path.read_bytes() if path.exists() else b"")):
             self._keep(values, seconds)
 
     def __len__(self) -> int:
@@ -53,12 +55,15 @@ class Store:
         if not pairs:
             return
         values = dict(pairs)
-        line = json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n"
+        if is_main():
+            self._append(json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n")
+        self._keep(values, seconds)
+
+    def _append(self, line: str) -> None:
         with writing(self.path), self.path.open("ab+", buffering=0) as file:
             left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
-        self._keep(values, seconds)
 
     def _keep(self, values: Mapping[str, Any], seconds: float) -> None:
         self._values.update(values)
@@ -87,43 +92,6 @@ def key(**parts: Any) -> str:
     """SHA-256, in hexadecimal, of what determines a result, as canonical JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
-"""What safetensors, tokenizers and torch say where they can write no further."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Makes the folder of a file that is to be written; if it cannot be, an OSError says which file that was."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
-        raise
-    # Of tokenizers, a bare Exception. Torch does not say why it cannot write: it hardly ever is anything else.
-    except Exception as error:
-        if FULL.search(str(error)) is None:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed."""
-    write_bytes_atomic(path, text.encode())
-
-
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """As `write_text_atomic`, of bytes."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        try:
-            beside.write_bytes(content)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def to_json(document: Any, indent: int | None = 2) -> str:

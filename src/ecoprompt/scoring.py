@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ecoprompt import processes
 from ecoprompt.metrics import LogProb
 from ecoprompt.models import Loaded, batches, encode, encode_pair, pad
 from ecoprompt.probe import packed
@@ -91,27 +92,37 @@ def answer(
 ) -> float:
     """Compute the requests, each under its key, and put the results into `store`; returns the seconds they took.
 
-    `guard` is one that is not attached: it is where a prompt is read. Batches are formed of all the requests before it
-    is asked which are stored, and are stored whole, so that a restart computes what is missing in the batches of a
-    run that went through, and gets the same numbers to the last bit, unless memory was out in one of them.
+    `guard` is not attached: it is where a prompt is read. Processes share the batches, and get all results. Batches are
+    formed of all the requests before it is asked which are stored, and are stored whole, so that a restart computes
+    what is missing in those of a run that went through, and gets the same numbers to the last bit, if memory lasts.
     """
     room = room or Room(loaded)
     unique = dict(requests)
+    processes.check_agreement(list(unique))
     done = 0
     for kind, (compute, doing) in KINDS.items():
         chosen = [(name, request) for name, request in unique.items() if request.kind == kind]
         if kind == "generation" and guard is None:
             chosen = _started(loaded, unique, chosen, store)
-        for batch in _units(loaded, [request for _, request in chosen], room.first):
-            wanted = [chosen[number] for number in batch if chosen[number][0] not in store]
-            if wanted:
-                started = time.perf_counter()
-                values = room.fit(functools.partial(compute, loaded, guard, [request for _, request in wanted]))
-                seconds = time.perf_counter() - started
-                store.put_many([(name, value) for (name, _), value in zip(wanted, values, strict=True)], seconds)
-            done += len(batch)
+        units = _units(loaded, [request for _, request in chosen], room.first)
+        wanted = [dict(one for one in map(chosen.__getitem__, unit) if one[0] not in store) for unit in units]
+        done += len(chosen) - sum(map(len, wanted))
+        if units:
+            progress(doing, done, len(unique))
+        fill = functools.partial(_fill, functools.partial(compute, loaded, guard), room)
+        for filled in processes.deal([unit for unit in wanted if unit], fill):
+            for values, seconds in filled:
+                store.put_many(list(values.items()), seconds)
+                done += len(values)
             progress(doing, done, len(unique))
     return math.fsum(map(store.seconds, unique))
+
+
+def _fill(compute: Callable[..., list[Any]], room: Room, unit: Mapping[str, Request]) -> tuple[dict[str, Any], float]:
+    """The values of a unit by their keys, and the seconds that they took."""
+    started = time.perf_counter()
+    values = room.fit(functools.partial(compute, list(unit.values())))
+    return dict(zip(unit, values, strict=True)), time.perf_counter() - started
 
 
 def _started(
@@ -134,7 +145,7 @@ class Room:
     """
 
     def __init__(self, loaded: Loaded, tokens: int | None = None) -> None:
-        self.first = self.tokens = tokens or _affordable(loaded.model)
+        self.first = self.tokens = tokens or min(processes.gather(_affordable(loaded.model)))
         cuda = loaded.model.device.type == "cuda"
         self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // _table(loaded.model)[0]
         self.shares = True
@@ -311,22 +322,11 @@ def _score(logits: Tensor, tokens: Sequence[int]) -> Scored:
     return float((wanted - logits.logsumexp(1, keepdim=True)).double().sum()), int(agreed)
 
 
-def _generations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[Any]:
-    """The greedy continuation of each prompt, cut at its own `max_new_tokens`."""
-    return _continuations(loaded, guard, requests, room)
-
-
-def _samples(loaded: Loaded, guard: Guard | None, requests: Sequence[Sample], room: Room) -> list[Any]:
-    """A sampled continuation for each request, otherwise as `_generations`."""
-    return _continuations(loaded, guard, requests, room, requests)
-
-
-def _continuations(
-    loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room, drawn: Sequence[Sample] = ()
-) -> list[str]:
-    """The greedy continuations as text, or those that `drawn` draws, one for each request."""
+def _continuations(loaded: Loaded, guard: Guard | None, requests: Sequence[Request], room: Room) -> list[str]:
+    """The continuation of each prompt as text, cut at its own `max_new_tokens`: greedy, or drawn if all are samples."""
     from ecoprompt.prefill import continuations
 
+    drawn = [request for request in requests if isinstance(request, Sample)]
     draw = _drawing(drawn)
 
     def pick(logits: Tensor, rows: Sequence[int], steps: Sequence[int]) -> Tensor:
@@ -389,8 +389,8 @@ def decode(loaded: Loaded, ids: Sequence[int]) -> str:
 
 KINDS: dict[str, tuple[Callable[..., list[Any]], str]] = {
     "log_prob": (_log_probs, "scoring"),
-    "generation": (_generations, "generating"),
-    "sample": (_samples, "sampling"),
+    "generation": (_continuations, "generating"),
+    "sample": (_continuations, "sampling"),
     "logits": (_logits, "reading logits"),
 }
 """What computes each kind of request, and what that is called while it lasts."""

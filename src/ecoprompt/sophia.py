@@ -40,7 +40,7 @@ class Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def curve(self, labels: int) -> None:
-        """Takes the gradients at hand, of `drawn_loss` over that many labels, into the curvature's mean."""
+        """Takes the gradients at hand, of the mean of `drawn_loss` over that many labels, into the curvature's mean."""
         for group, weight in self._trained():
             self._mean(weight, "curvature").lerp_(labels * weight.grad.square(), 1 - group["betas"][1])
 
@@ -53,9 +53,10 @@ class Sophia(torch.optim.Optimizer):
 
 
 def drawn_loss(model: Any, batches: Sequence[Mapping[str, torch.Tensor]], ignored: int) -> tuple[torch.Tensor, int]:
-    """The mean cross-entropy of labels that the model draws itself, where the batches have any, and their number.
+    """The cross-entropy of labels that the model draws itself, where the batches have any, summed, and their number.
 
-    Its squared gradient times the number estimates the diagonal of the Gauss-Newton matrix (Liu et al. 2023, alg. 2).
+    The squared gradient of the mean, times the number, estimates the diagonal of the Gauss-Newton matrix (Liu et al.
+    2023, alg. 2).
     """
     logits = []
     for batch in batches:
@@ -63,4 +64,4 @@ def drawn_loss(model: Any, batches: Sequence[Mapping[str, torch.Tensor]], ignore
         logits.append(found[:, :-1][batch["labels"][:, 1:] != ignored].float())
     every = torch.cat(logits)
     drawn = every.detach().softmax(-1).multinomial(1)[:, 0]
-    return torch.nn.functional.cross_entropy(every, drawn), len(drawn)
+    return torch.nn.functional.cross_entropy(every, drawn, reduction="sum"), len(drawn)

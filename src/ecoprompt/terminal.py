@@ -7,14 +7,16 @@ import errno
 import io
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+
+from ecoprompt import processes
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -31,6 +33,9 @@ def message(error: Exception) -> tuple[str, int]:
     """What a user is told of an error, and the exit status."""
     from ecoprompt.registry import EcopromptError
 
+    if processes.lost_another(error):
+        time.sleep(2 * PATIENCE)  # in which it speaks for itself, and the launcher ends this one
+        return "another process has ended before its time; what was finished is kept", 1
     if isinstance(error, EcopromptError):
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.strerror:
@@ -39,6 +44,23 @@ def message(error: Exception) -> tuple[str, int]:
             return f"{place}{error.strerror}; make room and start the same again: what was finished is kept", 1
         return f"{place}{error.strerror} (--debug shows where)", 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+PATIENCE = 5.0
+"""Seconds that a process which failed lets the main one speak, and its launcher end it: most often all fail alike."""
+
+
+def hush() -> None:
+    """Of several processes, the main one alone is heard."""
+    if not processes.is_main():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def speak_up() -> None:
+    """Let a process be heard whose failure is its own: when the main one has not failed by now."""
+    if not processes.is_main():
+        time.sleep(PATIENCE)
+        sys.stderr = sys.__stderr__
 
 
 def drop_output() -> None:
@@ -52,6 +74,9 @@ def fail(told: str, status: int) -> NoReturn:
     for line in told.splitlines() or [""]:
         # A message may quote a stranger's file, which is not to move the cursor or to recolour the terminal.
         print("ecoprompt:", "".join(x if x.isprintable() else ascii(x)[1:-1] for x in line), file=sys.stderr)
+    if processes.count() > 1:  # not to wait for the others, who may be waiting for this one
+        sys.stderr.flush()
+        os._exit(status)
     raise typer.Exit(status)
 
 
@@ -76,7 +101,8 @@ def show(*tables: Any) -> None:
     from rich.console import Console
 
     for one in tables:
-        width = shutil.get_terminal_size((1000, 1)).columns
+        asked = os.environ.get("COLUMNS", "")
+        width = int(asked) if asked.isdecimal() and int(asked) else 1000
         wide = Console(file=io.StringIO(), width=width, highlight=False, force_terminal=False)
         wide.print(one)
         print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))  # type: ignore[attr-defined]

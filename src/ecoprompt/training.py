@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
+from accelerate.data_loader import SeedableRandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ecoprompt import processes
+from ecoprompt.checkpoints import newest, without_bars
+from ecoprompt.files import writing
 from ecoprompt.learning import Course
-from ecoprompt.lessons import ABOUT, Lesson
-from ecoprompt.losses import IGNORED
+from ecoprompt.lessons import Lesson
+from ecoprompt.losses import IGNORED, taught
 from ecoprompt.models import encode, encode_pair, render, render_answer
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
-from ecoprompt.results import to_json, write_text_atomic, writing
 from ecoprompt.sophia import EVERY, Sophia, drawn_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHECKPOINT = "checkpoint-"
-Loss = Callable[[Any, Mapping[str, Any], float], torch.Tensor]
-"""The loss of (model, batch, epoch)."""
+Step = Sequence[Mapping[str, torch.Tensor]]
+"""The labels of every batch that an optimiser step adds up, by part: of all processes, and of gradient accumulation."""
+Loss = Callable[[Any, Mapping[str, Any], float, Step], torch.Tensor]
+"""The loss of (model, batch, epoch, step)."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,23 @@ class Example:
     labels: tuple[int, ...]
 
 
+NOTHING = Example((0, 0), (IGNORED, IGNORED))
+"""Fills up the last batches of an epoch, so that each of several processes has as many."""
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The loss of each optimiser step, and the cost: seconds, tokens that the model read, peak memory in MiB."""
+    """The loss of each optimiser step, and the cost: seconds, tokens that the model read, peak memory in MiB.
+
+    Several processes read their tokens together, and the greatest memory counts. `weights` are those of a model that
+    was spread over them, on the main one.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     memory: float = 0.0
+    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def about(self) -> dict[str, Any]:
         """The same in short, with the mean loss of the first and of the last tenth of the steps."""
@@ -155,19 +165,22 @@ def run_trainer(
         )
         trainer.loss = loss
         trainer.remove_callback(PrinterCallback)
-        with _without_bars(), writing(folder or Path(nowhere)):
-            trainer.train(resume_from_checkpoint=_newest(folder) if folder is not None else None)
+        with without_bars(), writing(folder or Path(nowhere)):
+            trainer.train(resume_from_checkpoint=processes.from_main(lambda: newest(folder)))
+        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
     model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = sum(entry["seconds"] for entry in history)
     losses = [entry["loss"] for entry in history]
-    return Trained(losses, seconds, int(trainer.state.num_input_tokens_seen), _peak_memory())
+    memory = max(processes.gather(_peak_memory()))
+    return Trained(losses, seconds, int(trainer.state.num_input_tokens_seen), memory, weights)
 
 
 def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     bf16 = gpu and torch.cuda.is_bf16_supported() if course.arithmetic == "auto" else course.arithmetic == "bfloat16"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=course.epochs,
         per_device_train_batch_size=course.batch_size,
@@ -178,7 +191,8 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         weight_decay=course.weight_decay,
         max_grad_norm=course.max_grad_norm,
         bf16=bf16,
-        use_cpu=bf16 and not gpu,
+        use_cpu=not gpu,
+        ddp_find_unused_parameters=False,
         seed=seed,
         train_sampling_strategy="group_by_length" if course.by_length else "random",
         logging_steps=1,
@@ -190,18 +204,8 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
     )
-
-
-def _newest(folder: Path) -> str | None:
-    """The newest checkpoint that is whole; what a killed process left half written is removed."""
-    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # which is written last
-            return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, each has a process of its own, or none
+    return arguments
 
 
 def _peak_memory() -> float:
@@ -219,6 +223,8 @@ def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
     """The model with the low-rank adapters that `[…] lora` asks for, alone to be trained; else as it is."""
     if course.lora is None:
         return model
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+        raise InputError("'lora': adapters cannot be merged into a model that FSDP or DeepSpeed spreads")
     try:
         import peft
     except ImportError:
@@ -239,59 +245,6 @@ def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
         raise InputError(f"'lora.targets': {error}") from None
 
 
-def trained_before(folder: Path, digest: str) -> dict[str, Any] | None:
-    """What the folder of a model says of its training, if that was the one that `digest` stands for."""
-    try:
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if about.get("digest") != digest:
-        return None
-    drop_checkpoints(folder)  # of a training that was killed when it had all but ended
-    return about
-
-
-def checkpoints_of(folder: Path, how: str) -> Path:
-    """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
-    wanted = folder.with_name(f".{folder.name}-{how}")
-    drop_checkpoints(folder, but=wanted)
-    wanted.mkdir(parents=True, exist_ok=True)
-    return wanted
-
-
-def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints that the model `folder` was trained through."""
-    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16):
-        if place != but:
-            shutil.rmtree(place)
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path, course: Course, about: Mapping[str, Any]) -> None:
-    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`."""
-    if course.lora is not None:
-        model = model.merge_and_unload()
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    with _without_bars(), writing(folder):
-        model.to(getattr(torch, course.stored)).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    write_text_atomic(part / ABOUT, to_json(about))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Leaves out what transformers shows of its writing, which would go to a pipe as well."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
 class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
     """Examples as `Trainer` wants them: `input_ids` is there for its length-grouped sampler to measure."""
 
@@ -301,8 +254,9 @@ class _Sequences(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.examples[index].ids, "example": self.examples[index]}
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        one = NOTHING if index is None else self.examples[index]
+        return {"input_ids": one.ids, "example": one}
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
@@ -310,30 +264,52 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     loss: Loss | None = None
     curved: int | None = None
+    step: Step = ()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        step = self.state.global_step
-        if isinstance(optimizer, Sophia) and step % EVERY == 0 and step != self.curved:
-            self.curved = step
-            with self.compute_loss_context_manager():
-                loss, labels = drawn_loss(model, self._batches(self._prepare_inputs(inputs)), IGNORED)
-            torch.autograd.backward(loss)
-            optimizer.curve(labels)
-            model.zero_grad()
+        if isinstance(getattr(self.optimizer, "optimizer", None), Sophia) and self.state.global_step % EVERY == 0:
+            self._curve(model, self._prepare_inputs(inputs))
         found: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return found
 
-    def _batches(self, inputs: Any) -> list[Any]:
-        return [inputs] if self.loss is None else list(inputs.values())
+    def _curve(self, model: Any, inputs: Any) -> None:
+        """Has the optimiser estimate the curvature, once a step, on the first of its batches."""
+        if self.curved == self.state.global_step:
+            return
+        self.curved = self.state.global_step
+        with self.compute_loss_context_manager():
+            loss, labels = drawn_loss(model, [inputs] if self.loss is None else list(inputs.values()), IGNORED)
+        every = sum(processes.gather(labels))
+        torch.autograd.backward(loss * processes.count() / every)  # several processes take the mean of their gradients
+        self.optimizer.optimizer.curve(every)
+        model.zero_grad()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As `Trainer`'s, and what all batches of the step have in common."""
+        taken, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [{"": one} if self.loss is None else one for one in taken]
+        masks = [part["attention_mask"][taught(part["labels"])] for one in parts for part in one.values()]
+        labels = [{name: part["labels"].cpu() for name, part in one.items()} for one in parts]
+        together = processes.gather((sum(int(mask.sum()) for mask in masks), labels if self.loss else []))
+        self.state.num_input_tokens_seen += sum(tokens for tokens, _ in together)
+        self.step = [one for _, some in together for one in some]
+        return taken, items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self.state.num_input_tokens_seen += sum(int(part["attention_mask"].sum()) for part in self._batches(inputs))
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self.loss(model, inputs, self.state.epoch or 0.0)
+        return self.loss(model, inputs, self.state.epoch or 0.0, self.step)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        count, data = processes.count(), self.train_dataset if train_dataset is None else train_dataset
+        if count == 1:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * count
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        together = batch * self.args.gradient_accumulation_steps
+        return processes.Order(LengthGroupedSampler(together, data) if grouped else SeedableRandomSampler(data), batch)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ecoprompt.processes import from_main, is_main
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet, searches, show
 
 Scale = Literal["log", "linear"]
@@ -255,7 +256,8 @@ def _finite(value: float | None) -> float | None:
 class Trace:
     """The evaluations of one search in a file of JSON lines, of which the first holds the settings of that search.
 
-    A line that a killed process left unfinished is passed over. Without a path nothing is kept. Raises InputError if
+    A line that a killed process left unfinished is passed over. Without a path nothing is kept. Of the processes of a
+    launcher, the main one reads and writes the file for all. Raises InputError if
     the file holds anything else, or the trace of a search with other settings.
     """
 
@@ -266,12 +268,13 @@ class Trace:
             return
         header = json.dumps({"search": settings})
         try:
-            raw = path.read_bytes() if path.exists() else b""
+            raw = from_main(lambda: path.read_bytes() if path.exists() else b"")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         if not raw or (b"\n" not in raw and header.encode().startswith(raw)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(header + "\n", encoding="utf-8")
+            if is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(header + "\n", encoding="utf-8")
             return
         first, *lines = raw.split(b"\n")
         _check_same(path, first, json.loads(header)["search"])
@@ -279,7 +282,7 @@ class Trace:
 
     def append(self, evaluation: Evaluation) -> None:
         """Write one evaluation, so that being killed tears at most this one."""
-        if self._path is None:
+        if self._path is None or not is_main():
             return
         kept = asdict(evaluation)
         if evaluation.objective == math.inf:
