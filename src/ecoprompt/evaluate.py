@@ -21,6 +21,7 @@ from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
 from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
+from ecoprompt.processes import from_main
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
 from ecoprompt.report import examples, said
@@ -120,7 +121,7 @@ def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[R
     """The runs with the corruption that was learned in place of the recipe's, and what is to be said of it."""
     if recipe.optimize is None:
         return runs, []
-    learned = learned_corruption(recipe, output)
+    learned = from_main(lambda: learned_corruption(recipe, output))
     if learned is None:
         return runs, ["[optimize] has not been run with these tables, so [corruption] is used as it stands"]
     searched = (recipe.model, recipe.gate, recipe.tokens, recipe.seed)
