@@ -116,6 +116,16 @@ def test_exactly_dims_dimensions_of_each_token_are_touched(method):
         assert changed.tolist() == [dims] * 9
 
 
+@pytest.mark.parametrize("method", [name for name in WITH_DIMS if "strength" in corruptions.schema(name).model_fields])
+def test_what_takes_a_strength_touches_one_dimension_unless_it_is_told(method):
+    given = embeddings(9)
+    assert (apply(method, given, strength=3.0) != given).sum(1).tolist() == [1] * 9
+    assert corruptions.bind(method, {"strength": [0.5]})["strength"] == [0.5]
+    for wrong in ([], [0.0], [math.inf]):
+        with pytest.raises(InputError, match="'strength"):
+            corruptions.bind(method, {"strength": wrong})
+
+
 @pytest.mark.parametrize("method", [name for name in corruptions if "noise" in name])
 @pytest.mark.parametrize("dims", [1, 3, 16, 20])
 def test_a_tokens_noise_depends_on_no_later_token(method, dims):
@@ -212,6 +222,11 @@ def test_permutations_keep_the_tokens(method):
 def test_shuffle_is_another_order_under_another_seed():
     given = embeddings(30)
     assert not torch.equal(apply("shuffle", given, seed=0), apply("shuffle", given, seed=1))
+
+
+def test_shuffle_never_leaves_several_tokens_where_they_stood():
+    given = embeddings(2)
+    assert all(torch.equal(apply("shuffle", given, seed=seed), given.flip(0)) for seed in range(20))
 
 
 def test_values_past_the_dtype_are_cut_to_its_range():
