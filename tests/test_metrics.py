@@ -42,6 +42,11 @@ def test_every_aggregate_states_direction_and_parts(name):
     assert aggregates[name].of
 
 
+@pytest.mark.parametrize("name", ["model_utility", "mean_accuracy"])
+def test_a_recipe_says_over_which_subsets_a_mean_is_taken(name):
+    assert aggregates.bind(name, {"subsets": ["people", "facts"]}) == {"subsets": ["people", "facts"]}
+
+
 @pytest.mark.parametrize(
     ("better", "names"),
     [
@@ -261,4 +266,5 @@ def test_folding_takes_ratios_of_zero_and_infinity():
 def test_an_aggregate_reads_the_subset_it_is_told(name):
     run, other = ratios(0.5, 0.6), ratios(0.7, 0.8)
     people = [{"people/truth_ratio": one["forget/truth_ratio"]} for one in (run, other)]
-    assert aggregates[name](*people, subset="people") == aggregates[name](run, other)
+    keys = aggregates.bind(name, {"subset": "people"})
+    assert aggregates[name](*people, **keys) == aggregates[name](run, other)
