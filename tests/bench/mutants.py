@@ -100,10 +100,11 @@ def mutants(path: Path, sample: int | None, seed: int) -> Iterator[Mutant]:
 
     source = path.read_text(encoding="utf-8")
     tree, early, parsed = ast.parse(source), lines_at_import(path), pickle.dumps(get_ast(source))
+    nodes = list(ast_nodes(get_ast(source)))
     places = [
         (operator, number, index, begins)
         for _, _, operator in _operators({})
-        for number, node in enumerate(ast_nodes(pickle.loads(parsed)))
+        for number, node in enumerate(nodes)
         for index, (begins, _) in enumerate(operator.mutation_positions(node))
         if not any(first <= begins < last for first, last in annotations(tree))
     ]
