@@ -71,7 +71,15 @@ def test_a_share_of_the_dimensions_does_what_that_many_do(method, share, dims):
 
 @pytest.mark.parametrize(
     ("share", "size", "dims"),
-    [("12.5%", 2048, 256), ("12.5%", 4096, 512), ("100%", 4096, 4096), ("33.3%", 10, 3), ("0.001%", 32, 1), (5, 4, 5)],
+    [
+        ("12.5%", 2048, 256),
+        ("12.5%", 4096, 512),
+        ("100%", 4096, 4096),
+        ("33.3%", 10, 3),
+        ("16%", 10, 2),
+        ("0.001%", 32, 1),
+        (5, 4, 5),
+    ],
 )
 def test_dims_are_counted_where_the_hidden_size_is_known(share, size, dims):
     assert dimensions(share, size) == dims
