@@ -472,7 +472,11 @@ def test_a_space_that_is_none_is_refused(arguments, message):
         (math.nan, {}, "found the start nan"),
         ([1, 2], {}, r"found a start of shape \[2\], expected 1 numbers or one for all"),
         ([1, 2], {"space": replace(STRENGTH, size=3)}, r"found a start of shape \[2\], expected 3 numbers"),
-        ([1, 2000], {"space": replace(STRENGTH, size=2)}, "found the start 2000, expected one from 0.01 to 1000"),
+        (
+            [0.01, 1000, 2000],
+            {"space": replace(STRENGTH, size=3)},
+            "found the start 2000, expected one from 0.01 to 1000",
+        ),
         (1, {"method": "adaptiv"}, "no search method 'adaptiv'; did you mean 'adaptive'?"),
         (1, {"parameters": {"raduis": 1}}, "no key 'raduis'; did you mean 'radius'?"),
         (1, {"parameters": {"radius": 0}}, "'radius': found 0, expected a number above 0"),
