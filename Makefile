@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test check docs bench clean
+.PHONY: quickstart test check docs bench mutants clean
 
 quickstart: $(STAMP)
 	$(BIN)/ecoprompt evaluate quickstart
@@ -31,6 +31,10 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/startup.py
 	$(BIN)/python tests/bench/report.py
 	$(BIN)/python tests/bench/zeroth.py
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray==8.7.0
+	$(BIN)/python tests/bench/mutants.py
 
 clean:
 	rm -rf .venv results

@@ -71,7 +71,15 @@ def test_a_share_of_the_dimensions_does_what_that_many_do(method, share, dims):
 
 @pytest.mark.parametrize(
     ("share", "size", "dims"),
-    [("12.5%", 2048, 256), ("12.5%", 4096, 512), ("100%", 4096, 4096), ("33.3%", 10, 3), ("0.001%", 32, 1), (5, 4, 5)],
+    [
+        ("12.5%", 2048, 256),
+        ("12.5%", 4096, 512),
+        ("100%", 4096, 4096),
+        ("33.3%", 10, 3),
+        ("16%", 10, 2),
+        ("0.001%", 32, 1),
+        (5, 4, 5),
+    ],
 )
 def test_dims_are_counted_where_the_hidden_size_is_known(share, size, dims):
     assert dimensions(share, size) == dims
@@ -114,6 +122,16 @@ def test_exactly_dims_dimensions_of_each_token_are_touched(method):
     for dims in (1, 5, 32):
         changed = (apply(method, given, dims=dims, strength=3.0) != given).sum(1)
         assert changed.tolist() == [dims] * 9
+
+
+@pytest.mark.parametrize("method", [name for name in WITH_DIMS if "strength" in corruptions.schema(name).model_fields])
+def test_what_takes_a_strength_touches_one_dimension_unless_it_is_told(method):
+    given = embeddings(9)
+    assert (apply(method, given, strength=3.0) != given).sum(1).tolist() == [1] * 9
+    assert corruptions.bind(method, {"strength": [0.5]})["strength"] == [0.5]
+    for wrong in ([], [0.0], [math.inf]):
+        with pytest.raises(InputError, match="'strength"):
+            corruptions.bind(method, {"strength": wrong})
 
 
 @pytest.mark.parametrize("method", [name for name in corruptions if "noise" in name])
@@ -212,6 +230,11 @@ def test_permutations_keep_the_tokens(method):
 def test_shuffle_is_another_order_under_another_seed():
     given = embeddings(30)
     assert not torch.equal(apply("shuffle", given, seed=0), apply("shuffle", given, seed=1))
+
+
+def test_shuffle_never_leaves_several_tokens_where_they_stood():
+    given = embeddings(2)
+    assert all(torch.equal(apply("shuffle", given, seed=seed), given.flip(0)) for seed in range(20))
 
 
 def test_values_past_the_dtype_are_cut_to_its_range():

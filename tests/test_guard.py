@@ -335,6 +335,7 @@ UNSUPPORTED = {
     "inputs_embeds beside ids": lambda m, ids, cache: m(ids, inputs_embeds=torch.zeros(1, 3, 32)),
     "no ids": lambda m, ids, cache: m(),
     "flat ids": lambda m, ids, cache: m(ids[0]),
+    "ids of three dimensions": lambda m, ids, cache: m(ids[None]),
     "continued cache": lambda m, ids, cache: m(ids[:, :1], past_key_values=cache),
     "4D mask": lambda m, ids, cache: m(ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1])),
     "mask of another width": lambda m, ids, cache: m(ids, attention_mask=torch.ones(1, ids.shape[1] + 1)),
@@ -457,6 +458,29 @@ def test_models_that_would_leak_are_refused_when_attaching(model, tokenizer, for
     model.config.hidden_size_per_layer_input = 8
     with pytest.raises(InputError, match="every layer"):
         guard(model, tokenizer, forget)
+
+
+@pytest.mark.parametrize("wrong", ["llama", SimpleNamespace(pad_token_id=0), len])
+def test_what_is_no_tokenizer_is_refused(model, forget, wrong):
+    with pytest.raises(InputError, match=f"found {type(wrong).__name__} as the tokenizer"):
+        guard(model, wrong, forget)
+
+
+def test_a_model_that_embeds_elsewhere_is_refused(model, tokenizer, forget):
+    with guard(model, tokenizer, forget):
+        own, model.model.embed_tokens = model.model.embed_tokens, nn.Embedding(400, 32)
+        with pytest.raises(UnguardedError, match="did not use its input embedding"):
+            model(**batch(tokenizer, [PLAIN, SECRET]))
+        model(**batch(tokenizer, [PLAIN]))  # nothing is lost where nothing is to be corrupted
+        model.model.embed_tokens = own
+    assert without_trace(model)
+
+
+def test_the_nearest_to_tokens_in_reverse_order_are_these_tokens(model, tokenizer, keyword_gate):
+    attached, ids = guard(model, tokenizer, Forget(keyword_gate, {"method": "reverse_order"})), tokenizer.encode(SECRET)
+    words = [tokenizer.decode([token]) for token in ids[:-1]]
+    (decision,) = attached.decide([ids])
+    assert attached.nearest(ids, decision) == tuple(zip(words, reversed(words), strict=True))
 
 
 def test_a_compiled_model_is_refused(model, tokenizer, forget):
@@ -832,10 +856,12 @@ def test_two_guards_may_not_undo_each_other(model, tokenizer, keyword_gate):
         model(secret)
         with guard(model, tokenizer, flips[1]), pytest.raises(UnguardedError, match="undo"):
             model(secret)
-        other = Forget(gate=keyword_gate, corruption=NOISE)
-        with guard(model, tokenizer, other), embedded(model) as seen:
-            model(secret)
-    assert changed(model.get_input_embeddings()(secret), seen[0]) == [list(range(secret.shape[1] - 1))]
+        for strength in (50.0, 0.1):  # of an embedding's values, a standard deviation is 0.02
+            other = Forget(gate=keyword_gate, corruption={**NOISE, "strength": strength})
+            with guard(model, tokenizer, other), embedded(model) as seen:
+                model(secret)
+            clean = model.get_input_embeddings().weight[secret]
+            assert changed(clean, seen[0]) == [list(range(secret.shape[1] - 1))]
 
 
 def test_guards_leave_nothing_behind_in_whatever_order_they_go(model, tokenizer, forget):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ecoprompt.losses import IGNORED, Scored, inputs
 from ecoprompt.registry import InputError, losses, methods
@@ -103,13 +103,13 @@ def ceu(spared: int) -> float:
 CLOSED = {
     "cross_entropy": ({}, lambda: entropy("retain")),
     "kl": ({}, lambda: divergence("retain", "retain_original")),
-    "distillation": ({"temperature": 2.0}, lambda: 4 * divergence("retain", "retain_original", 2.0)),
+    "distillation": ({"temperature": 3.0}, lambda: 9 * divergence("retain", "retain_original", 3.0)),
     "same_states": ({}, lambda: far("retain", READ["retain_original"].hidden.tolist())),
     "gradient_ascent": ({}, lambda: -entropy("forget")),
-    "divergence_ascent": ({"temperature": 2.0}, lambda: -4 * divergence("forget", "forget_original", 2.0)),
+    "divergence_ascent": ({"temperature": 3.0}, lambda: -9 * divergence("forget", "forget_original", 3.0)),
     "idk_likelihood": ({}, lambda: entropy("idk")),
     "random_mismatch": ({}, lambda: entropy("mismatch")),
-    "npo_term": ({"beta": 0.5}, lambda: mean(-4 * math.log(sigmoid(-0.5 * x)) for x in ratios("forget"))),
+    "npo_term": ({"beta": 0.8}, lambda: mean(-2.5 * math.log(sigmoid(-0.8 * x)) for x in ratios("forget"))),
     "simnpo_term": (
         {"beta": 2.5, "gamma": 0.3},
         lambda: mean(
@@ -118,9 +118,9 @@ CLOSED = {
         ),
     ),
     "dpo_term": (
-        {"beta": 0.5},
+        {"beta": 0.8},
         lambda: mean(
-            -4 * math.log(sigmoid(0.5 * (won - lost)))
+            -2.5 * math.log(sigmoid(0.8 * (won - lost)))
             for won, lost in zip(ratios("idk"), ratios("forget"), strict=True)
         ),
     ),
@@ -142,6 +142,16 @@ CLOSED = {
 def test_a_term_is_its_closed_form(term):
     keys, closed = CLOSED[term]
     assert value(term, **keys).item() == FLOATS(closed(), rel=1e-5)
+
+
+@pytest.mark.parametrize("spared", [0, 2])
+def test_cross_entropy_unlearning_spares_as_many_labels_of_a_row_as_it_is_told(spared):
+    assert value("cross_entropy_unlearning", spared=spared).item() == FLOATS(ceu(spared), rel=1e-5)
+
+
+def test_the_label_that_does_not_count_is_the_one_that_torch_passes_over():
+    logits = READ["retain"].logits[:, :-1].transpose(1, 2)
+    torch.testing.assert_close(value("cross_entropy"), cross_entropy(logits, LABELS[:, 1:]))
 
 
 def test_npo_weighs_the_gradient_as_its_paper_says():
@@ -210,6 +220,19 @@ def test_padding_has_no_part_in_a_term(term):
     torch.testing.assert_close(value(term, padded), value(term))
 
 
+@pytest.mark.parametrize("term", losses)
+def test_a_row_of_one_label_is_worth_as_much_once_as_twice_and_one_of_none_a_number(term):
+    def rows(*chosen, labels=LABELS):
+        parts = {name: one for name, one in READ.items() if isinstance(one, Scored)}
+        picked = {
+            name: Scored(one.logits[[*chosen]], labels[[*chosen]], one.hidden[[*chosen]]) for name, one in parts.items()
+        }
+        return READ | picked
+
+    torch.testing.assert_close(value(term, rows(1)), value(term, rows(1, 1)))
+    assert value(term, rows(0, labels=torch.full_like(LABELS, IGNORED))).isfinite()
+
+
 @pytest.mark.parametrize("name", methods)
 def test_a_step_down_a_methods_gradient_lowers_its_loss(name):
     """What is called original is where training starts."""
@@ -240,7 +263,9 @@ def test_scrub_forgets_in_the_even_ones_of_its_first_four_epochs():
     scrub = methods["scrub"]
     forgets = [scrub.reads(epoch)[0] == "forget" for epoch in (0, 0.9, 1, 2.5, 3, 4, 6)]
     assert forgets == [True, True, False, True, False, False, False]
-    assert scrub(READ, 0).item() == FLOATS(value("divergence_ascent").item())
+    assert scrub(READ).item() == scrub(READ, 0).item() == FLOATS(value("divergence_ascent").item())
+    assert set(scrub.reads()) == {"forget", "forget_original", "retain", "retain_original"}
+    assert scrub.terms() == ["divergence_ascent"]
     expected = 0.001 * value("distillation") + value("cross_entropy")
     assert scrub(READ, 1).item() == FLOATS(expected.item())
 
@@ -248,6 +273,52 @@ def test_scrub_forgets_in_the_even_ones_of_its_first_four_epochs():
 def test_the_methods_of_the_literature_are_all_there():
     names = "ft ga gd kl rd llmu scrub idk dpo npo npo-gd npo-kl simnpo rmu undial wga satimp ceu"
     assert list(methods) == names.split()
+
+
+PUBLISHED = {
+    "llmu": {"weights": {"gradient_ascent": 0.1}},
+    "scrub": {"weights": {"distillation": 0.001}, "temperature": 4.0},
+    "dpo": {"beta": 0.1},
+    "npo": {"beta": 0.1},
+    "npo-gd": {"beta": 0.1},
+    "npo-kl": {"beta": 0.1},
+    "simnpo": {"weights": {"simnpo_term": 0.125}, "beta": 4.5, "gamma": 0.0},
+    "rmu": {"weights": {"same_states": 1200.0}, "coefficient": 6.5, "layer": None},
+    "undial": {"beta": 10.0},
+    "wga": {"beta": 1.0},
+    "satimp": {"weights": {"saturated_ascent": 0.1}, "beta1": 5.0, "beta2": 1.0},
+    "ceu": {"spared": 1},
+}
+"""The hyperparameters of the papers that the methods name; a weight that is not here is 1."""
+
+
+@pytest.mark.parametrize("name", methods)
+def test_a_method_begins_from_the_published_hyperparameters(name):
+    published = dict(PUBLISHED.get(name, {}))
+    weights = dict.fromkeys(methods[name].weights, 1.0) | published.pop("weights", {})
+    assert methods.bind(name, {}) == {"weights": weights, **published}
+    assert methods[name].learning_rate == {"rmu": 5e-5, "undial": 1e-4}.get(name, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "least", "wrong"),
+    [
+        ("npo", "beta", 0.5, 0.0),
+        ("undial", "beta", 0.5, 0.0),
+        ("scrub", "temperature", 0.5, 0.0),
+        ("rmu", "coefficient", 0.5, 0.0),
+        ("rmu", "layer", 0, -1),
+        ("simnpo", "gamma", 0.0, -0.5),
+        ("wga", "beta", 0.0, -0.5),
+        ("satimp", "beta1", 0.0, -0.5),
+        ("ceu", "spared", 0, -1),
+        ("npo", "weights", {"npo_term": 0.0}, {"npo_term": -0.5}),
+    ],
+)
+def test_how_small_a_hyperparameter_may_be(name, key, least, wrong):
+    assert methods.bind(name, {key: least})[key] == least
+    with pytest.raises(InputError, match=f"'{key}"):
+        methods.bind(name, {key: wrong})
 
 
 @pytest.mark.parametrize(

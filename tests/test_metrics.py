@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 from ecoprompt import metrics as module
-from ecoprompt.metrics import ROW_INPUTS, Better, LogProb, reads
+from ecoprompt.metrics import ROW_INPUTS, Better, LogProb, asks_model, reads
 from ecoprompt.registry import aggregates, metrics
 
 
@@ -42,6 +42,39 @@ def test_every_aggregate_states_direction_and_parts(name):
     assert aggregates[name].of
 
 
+@pytest.mark.parametrize("name", ["model_utility", "mean_accuracy"])
+def test_a_recipe_says_over_which_subsets_a_mean_is_taken(name):
+    assert aggregates.bind(name, {"subsets": ["people", "facts"]}) == {"subsets": ["people", "facts"]}
+
+
+@pytest.mark.parametrize(
+    ("better", "names"),
+    [
+        (
+            "higher",
+            "answer_probability normalized_probability choice_accuracy true_answers_probability linear_probe "
+            "rouge_l_recall rouge_1_recall sampled_rouge_l_recall model_utility mean_accuracy forget_quality "
+            "forget_quality_folded",
+        ),
+        ("lower", "truth_ratio tokens_kept missed falsely_flagged ks_statistic cvm_statistic"),
+        ("closer to retain", "leak_at_k"),
+    ],
+)
+def test_which_way_is_better(better, names):
+    assert {({**metrics} | {**aggregates})[name].better for name in names.split()} == {better}
+
+
+def test_one_metric_sees_all_rows_together_and_one_aggregate_is_a_mean_of_means():
+    assert [name for name in metrics if metrics[name].together] == ["linear_probe"]
+    assert [name for name in aggregates if aggregates[name].averages] == ["mean_accuracy"]
+
+
+def test_what_the_gate_alone_can_say_asks_no_model():
+    assert [name for name in metrics if not asks_model(name)] == ["missed", "falsely_flagged"]
+    assert (module.missed(1.0), module.missed(0.0)) == (0.0, 1.0)
+    assert (module.falsely_flagged(1.0), module.falsely_flagged(0.0)) == (1.0, 0.0)
+
+
 def test_answer_probability_is_the_geometric_mean_of_token_probabilities():
     answer = LogProb(math.log(0.5) + math.log(0.125), 2)
     assert module.answer_probability(answer) == pytest.approx(0.25, rel=1e-15)
@@ -57,6 +90,14 @@ def test_normalized_probability_is_defined_where_all_probabilities_underflow():
     far = LogProb(-2000.0, 1)
     assert module.normalized_probability(far, [far, far, far]) == 0.25
     assert module.normalized_probability(far, [LogProb(0.0, 1)]) == 0.0
+
+
+def test_the_share_of_all_true_answers_is_by_whole_texts_and_defined_where_all_underflow():
+    """0.5² and 0.05 of them and the wrong 0.5: 0.3 of 0.8."""
+    share = module.true_answers_probability([logprob(0.5, 2), logprob(0.05)], [logprob(0.5)])
+    assert share == pytest.approx(0.375, rel=1e-14)
+    far = LogProb(-2000.0, 1)
+    assert module.true_answers_probability([far], [far, far, far]) == 0.25
 
 
 def test_truth_ratio_is_the_geometric_mean_of_alternatives_over_the_reference():
@@ -101,7 +142,7 @@ def test_leak_is_the_best_of_the_samples_and_its_mean_what_one_gives():
 
 
 def test_tokens_kept_are_those_that_are_nearest_to_themselves():
-    assert module.tokens_kept([("a", "a"), ("b", "x"), ("c", "y"), ("d", "d")]) == 0.5
+    assert module.tokens_kept([("ab", "".join("ab")), ("b", "x"), ("y", "c"), ("d", "d")]) == 0.5
     assert module.tokens_kept([]) == 1.0
 
 
@@ -175,7 +216,16 @@ def test_the_ks_statistic_is_the_largest_distance_of_both_distributions():
     assert module.ks_statistic(ours, theirs) == 0.5
     assert module.ks_statistic(ours, ours) == 0.0
     assert module.ks_statistic(ratios(1, 2), ratios(3, 4)) == 1.0
-    assert module.ks_statistic(ours, None) is None
+
+
+def test_the_cramer_von_mises_statistic_by_hand():
+    """Anderson 1962: of ranks 1, 2 and 3, 4, U = 2 (2² + 2²) = 16 and T = 16 / (2·2·4) - (4·2·2 - 1) / (6·4)."""
+    assert module.cvm_statistic(ratios(1, 2), ratios(3, 4)) == pytest.approx(1 - 15 / 24)
+
+
+def test_the_mean_accuracy_weighs_subsets_alike_however_many_rows_they_have():
+    values = {"a/accuracy": np.array([1.0, 0.0]), "b/accuracy": np.array([1.0, 1.0, 1.0, 0.0])}
+    assert module.mean_accuracy(values, None, subsets=["a", "b"]) == 0.625
 
 
 @pytest.mark.parametrize(("others", "right"), [((0.1, 0.2), 1.0), ((0.1, 0.5), 0.0), ((0.4,), 0.0)])
@@ -184,7 +234,7 @@ def test_a_choice_is_right_if_it_is_likelier_than_each_other(others, right):
     assert module.choice_accuracy(logprob(0.4, 2), [logprob(other) for other in others]) == right
 
 
-@pytest.mark.parametrize("name", ["choice_accuracy", "normalized_probability"])
+@pytest.mark.parametrize("name", ["choice_accuracy", "normalized_probability", "linear_probe"])
 def test_chance_is_what_a_model_scores_that_finds_all_answers_alike(name):
     if name == "normalized_probability":
         alike = logprob(0.3)
@@ -193,9 +243,12 @@ def test_chance_is_what_a_model_scores_that_finds_all_answers_alike(name):
     assert metrics["truth_ratio"].chance is None
 
 
-def test_forget_quality_is_none_without_a_retain_run():
-    assert module.forget_quality(ratios(1.0), None) is None
-    assert module.forget_quality_folded(ratios(1.0), None) is None
+BESIDE_RETAIN = ["forget_quality", "forget_quality_folded", "ks_statistic", "cvm_statistic"]
+
+
+@pytest.mark.parametrize("name", BESIDE_RETAIN)
+def test_what_compares_with_a_retain_run_is_none_without_one(name):
+    assert aggregates[name](ratios(1.0), None) is None
 
 
 def test_folding_hides_which_answer_is_preferred():
@@ -209,6 +262,9 @@ def test_folding_takes_ratios_of_zero_and_infinity():
     assert module.forget_quality_folded(ratios(0.0, 0.5), ratios(math.inf, 2.0)) == 1.0
 
 
-def test_an_aggregate_reads_the_subset_it_is_told():
-    values = {"people/truth_ratio": np.array([0.5, 0.6])}
-    assert module.forget_quality(values, values, subset="people") == 1.0
+@pytest.mark.parametrize("name", BESIDE_RETAIN)
+def test_an_aggregate_reads_the_subset_it_is_told(name):
+    run, other = ratios(0.5, 0.6), ratios(0.7, 0.8)
+    people = [{"people/truth_ratio": one["forget/truth_ratio"]} for one in (run, other)]
+    keys = aggregates.bind(name, {"subset": "people"})
+    assert aggregates[name](*people, **keys) == aggregates[name](run, other)
