@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
+from ecoprompt.registry import load_plugin
 from ecoprompt.terminal import console, drop_output, fail, interrupt, message, number, print_json, progress_bar, show
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -44,6 +45,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, needing neither model nor network.")
 ]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Run your own Python file first, for what it registers."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
 TWO = "folders, or names of recipes under DIR. Takes the place of RECIPE."
@@ -53,10 +58,12 @@ def _command(function: F) -> F:
     """Register a command; the one place where errors become a message on stderr and an exit status."""
 
     @functools.wraps(function)
-    def translated(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+    def translated(*args: Any, plugin: list[Path] | None = None, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
+            for file in plugin or []:
+                load_plugin(file)
             function(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
@@ -73,15 +80,17 @@ def _command(function: F) -> F:
                 traceback.print_exc()
             fail(*message(error))
 
-    # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
+    # Typer reads the parameters off the signature that functools.wraps copied; these two are every command's.
     import inspect
 
     signature = inspect.signature(function, eval_str=True)
-    own = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
-    translated.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    translated.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {
-        "debug": DebugOption
-    }
+    parameters = [
+        *signature.parameters.values(),
+        inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=PluginOption),
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption),
+    ]
+    translated.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    translated.__annotations__ = {one.name: one.annotation for one in parameters}
     app.command(name=function.__name__.replace("_", "-"))(translated)
     return function
 
