@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ecoprompt.card import gate_notes
 from ecoprompt.cli import app
 from ecoprompt.own import declare_own
 from ecoprompt.pack import searched_by
@@ -102,6 +103,24 @@ def test_each_of_several_files_is_a_subset(files: Path) -> None:
     }
     assert len(cats.gate_texts("forget").positive) == 2 + len(ROWS)
     assert cats.dry_rows("forget") == {"forget_text": 1, "forget_rows": 2, "retain": 2}
+
+
+@pytest.mark.parametrize(("forget", "alone"), [("text.txt", True), (["text.txt", "rows.csv"], False)])
+def test_a_gate_that_learned_no_question_is_told_of(files: Path, forget: Any, alone: bool) -> None:
+    raw = tables()
+    raw["benchmark"] = {"cats": {"forget": forget, "retain": "rows.csv"}}
+    told = gate_notes(parse_recipe(raw, "own.toml"))
+    assert told[0] == "the gate was trained on the first two sets"
+    assert [note.partition(":")[0] for note in told[1:]] == (
+        ["to flag, it learned texts and no question about them"] if alone else []
+    )
+
+
+def test_a_missing_key_is_told_with_what_it_is(files: Path) -> None:
+    raw = tables()
+    raw["benchmark"] = {"cats": {"forget": "rows.csv"}}
+    with pytest.raises(InputError, match=r"'benchmark.cats.retain': this key is needed \(file of what is to be kept"):
+        parse_recipe(raw, "own.toml")
 
 
 def test_files_lie_beside_the_recipe(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

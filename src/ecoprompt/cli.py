@@ -124,6 +124,7 @@ def train_classifier(
 
     The gate's threshold is calibrated as the recipe asks, and its errors are measured on each of its data sets.
     """
+    from ecoprompt.card import gate_notes
     from ecoprompt.pack import train_classifier
     from ecoprompt.recipe import load_recipe
 
@@ -142,6 +143,8 @@ def train_classifier(
         return
     show(gate_table(trained.measured, trained.threshold))
     print(folder)
+    for note in gate_notes(loaded):
+        print(f"note: {note}", file=sys.stderr)
 
 
 @_command
