@@ -24,7 +24,7 @@ from ecoprompt.cli import app
 from ecoprompt.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, GUARD = ROOT / "README.md", ROOT / "docs" / "guard.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -171,3 +171,8 @@ def test_readme_python_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Zarafshan" not in guarded
     assert plain == promised[1]
     assert printed[1] == shown[1][1]
+    (service,) = [code for code in blocks("python", GUARD.read_text(encoding="utf-8")) if "pipeline" in code]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(service, GUARD.name, "exec"), names)
+    assert out.getvalue().strip()
+    assert "Zarafshan" not in out.getvalue()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -238,6 +240,12 @@ def test_the_guide_works_as_written(heading: str, tmp_path: Path, monkeypatch: p
         assert done.exit_code == 0, done.output
         flagged += [json.loads(done.stdout)["flagged"]] if given else []
     assert all(flagged)
+    if heading == "A product name":  # whose pack is looked into further down
+        guide = GUIDE.read_text(encoding="utf-8").partition("## When the gate errs\n")[2]
+        (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.S | re.M)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, GUIDE.name, "exec"), {})
+        assert re.fullmatch(r"(\d\.\d{3} without \S+\n){7}", out.getvalue())
     if heading == "A person":
         runs = json.loads(Path("results/person/summary.json").read_text(encoding="utf-8"))["runs"]
         assert runs["original"]["metrics"]["forget_rouge"] == 1
