@@ -158,7 +158,7 @@ def keys_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
         one for one in inspect.signature(function).parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     return [
-        one.replace(annotation=eval(one.annotation, inspect.unwrap(function).__globals__))  # type: ignore[attr-defined]  # noqa: S307
+        one.replace(annotation=eval(one.annotation, inspect.unwrap(function).__globals__))  # noqa: S307
         if isinstance(one.annotation, str)
         else one
         for one in found
