@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ecoprompt import cli, processes, terminal, training
+from ecoprompt import processes, terminal, training
 
 
 def work(file: str, output: Path, arguments: Sequence[str]) -> None:
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     except Exception as error:  # as the command line does
         told = terminal.message(error)
         terminal.speak_up()
-        cli.fail(*told)
+        terminal.fail(*told)
     processes.leave()

@@ -193,6 +193,13 @@ def test_a_missing_folder_is_named(tmp_path):
     assert f"'{tmp_path / 'nowhere'}' is not there either" in problem
 
 
+def test_what_lies_beside_a_missing_file_is_not_all_listed(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.csv").touch()
+    (problem,) = problems(tmp_path / "forget.jsonl")
+    assert problem.endswith(f"'{tmp_path}' is there")
+
+
 def test_a_folder_in_place_of_a_file_says_what_it_holds(tmp_path):
     put(tmp_path / "set" / "a.jsonl", lines(ROWS))
     (problem,) = problems(tmp_path / "set")

@@ -157,11 +157,15 @@ def test_folders_and_hub_ids(model_folder):
     assert models.resolve("EleutherAI/pythia-70m").model == "EleutherAI/pythia-70m"
 
 
-@pytest.mark.parametrize(
-    "name", ["lama3", "./nowhere", "/nowhere/at/all", "~/model", "a/b/c", "a--b/c", "a b/c", "ü/x", "a/b."]
-)
+@pytest.mark.parametrize("name", ["lama3", "a/b/c", "a--b/c", "a b/c", "ü/x", "a/b."])
 def test_a_name_that_can_be_nothing_is_refused(name):
     with pytest.raises(InputError, match=f"model '{name}': no such folder, and not a Hub id or an alias; "):
+        models.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/model"])
+def test_a_path_that_is_not_there_is_not_compared_with_aliases(name):
+    with pytest.raises(InputError, match=f"^model '{name}': no such folder$"):
         models.resolve(name)
 
 

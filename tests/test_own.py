@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ecoprompt.card import gate_notes
 from ecoprompt.cli import app
 from ecoprompt.own import declare_own
 from ecoprompt.pack import searched_by
@@ -102,6 +105,24 @@ def test_each_of_several_files_is_a_subset(files: Path) -> None:
     }
     assert len(cats.gate_texts("forget").positive) == 2 + len(ROWS)
     assert cats.dry_rows("forget") == {"forget_text": 1, "forget_rows": 2, "retain": 2}
+
+
+@pytest.mark.parametrize(("forget", "alone"), [("text.txt", True), (["text.txt", "rows.csv"], False)])
+def test_a_gate_that_learned_no_question_is_told_of(files: Path, forget: Any, alone: bool) -> None:
+    raw = tables()
+    raw["benchmark"] = {"cats": {"forget": forget, "retain": "rows.csv"}}
+    told = gate_notes(parse_recipe(raw, "own.toml"))
+    assert told[0] == "the gate was trained on the first two sets"
+    assert [note.partition(":")[0] for note in told[1:]] == (
+        ["to flag, it learned texts and no question about them"] if alone else []
+    )
+
+
+def test_a_missing_key_is_told_with_what_it_is(files: Path) -> None:
+    raw = tables()
+    raw["benchmark"] = {"cats": {"forget": "rows.csv"}}
+    with pytest.raises(InputError, match=r"'benchmark.cats.retain': this key is needed \(file of what is to be kept"):
+        parse_recipe(raw, "own.toml")
 
 
 def test_files_lie_beside_the_recipe(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +240,12 @@ def test_the_guide_works_as_written(heading: str, tmp_path: Path, monkeypatch: p
         assert done.exit_code == 0, done.output
         flagged += [json.loads(done.stdout)["flagged"]] if given else []
     assert all(flagged)
+    if heading == "A product name":  # whose pack is looked into further down
+        guide = GUIDE.read_text(encoding="utf-8").partition("## When the gate errs\n")[2]
+        (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.S | re.M)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, GUIDE.name, "exec"), {})
+        assert re.fullmatch(r"(\d\.\d{3} without \S+\n){7}", out.getvalue())
     if heading == "A person":
         runs = json.loads(Path("results/person/summary.json").read_text(encoding="utf-8"))["runs"]
         assert runs["original"]["metrics"]["forget_rouge"] == 1

@@ -78,8 +78,7 @@ def test_an_unknown_name_gets_the_nearest(shelf):
 
 
 def test_a_name_is_registered_once(shelf):
-    with pytest.raises(ValueError, match="spice 'salt' is registered twice"):
-        shelf.add("salt", None)
+    assert problems_of(shelf.add, "salt", None) == ["spice 'salt' is registered twice; choose another name"]
 
 
 def test_the_home_is_imported_when_a_name_is_first_looked_up(tmp_path, monkeypatch):
@@ -174,3 +173,68 @@ def test_every_shipped_registry_is_filled():
         assert len(table) > 0
         assert all(isinstance(name, str) for name in table)
     assert len(registry.corruptions) == 14
+
+
+PLUGIN = """
+from __future__ import annotations
+from typing import Annotated
+from pydantic import Field
+from ecoprompt.losses import Method
+from ecoprompt.registry import losses, methods
+
+Margin = Annotated[float, Field(gt=0, description="least")]
+
+@losses.register
+def hinge(forget, *, margin: Margin = 4.0):
+    return margin
+
+methods.add("hinge-gd", Method("Mine.", {"hinge": 2.0}))
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Where a plug-in may be written; what it registered is taken out again."""
+    yield tmp_path / "a_plugin_of_tests.py"
+    monkeypatch.setattr(registry, "plugins", {})
+    sys.modules.pop("a_plugin_of_tests", None)
+    registry.losses.drop("hinge")
+    registry.methods.drop("hinge-gd")
+
+
+def test_a_plugin_registers_what_a_recipe_may_name(plugin, monkeypatch):
+    monkeypatch.setattr(registry, "plugins", {})
+    before = registry.made_by()
+    plugin.write_text(PLUGIN)
+    registry.load_plugin(plugin)
+    assert registry.methods.bind("hinge-gd", {}) == {"margin": 4.0, "weights": {"hinge": 2.0}}
+    assert registry.methods["hinge-gd"]({"forget": None}, margin=3.0) == 6.0
+    assert problems_of(registry.methods.bind, "hinge-gd", {"margin": 0}) == [
+        "'margin': found 0, expected a number above 0"
+    ]
+    assert registry.made_by().split() == [before, *registry.plugins.values()]
+    assert list(registry.plugins) == [plugin.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero (--debug shows where)"),
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("from ecoprompt.registry import methods; methods.add('npo', 1)", "method 'npo' is registered twice"),
+        (None, "expected a Python file"),
+    ],
+)
+def test_a_plugin_that_cannot_be_run_is_an_input_error(plugin, text, told):
+    if text is not None:
+        plugin.write_text(f"import ecoprompt.losses\n{text}\n")
+    (problem,) = problems_of(registry.load_plugin, plugin)
+    assert problem.startswith(f"--plugin {plugin}: ")
+    assert told in problem
+    assert "a_plugin_of_tests" not in sys.modules
+
+
+def test_a_plugin_does_not_take_a_modules_place(tmp_path):
+    (tmp_path / "json.py").write_text("")
+    (problem,) = problems_of(registry.load_plugin, tmp_path / "json.py")
+    assert "there is a module 'json' already, rename the file" in problem

@@ -21,7 +21,7 @@ from ecoprompt.models import Loaded, load_model
 from ecoprompt.pack import OUTPUT
 from ecoprompt.processes import from_main, several
 from ecoprompt.recipe import Recipe, digest
-from ecoprompt.registry import InputError, Progress, methods, quiet
+from ecoprompt.registry import InputError, Progress, methods, plugins, quiet
 from ecoprompt.training import (
     NOTHING,
     Example,
@@ -53,7 +53,7 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     folder = output / recipe.name / BASELINES / table.loss
     settings = table.model_dump(mode="json", exclude={"parameters"}) | table.parameters | several()
     taught = [[vars(one) for one in part] for part in (lessons.forget, lessons.retain)]
-    how = digest(settings, recipe.seed, loaded.fingerprint, taught, refusals)
+    how = digest(settings, recipe.seed, loaded.fingerprint, taught, refusals, *plugins.values())
     before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return folder, before
@@ -64,7 +64,7 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     checkpoints = checkpoints_of(folder, how)
     what = f"unlearning by {table.loss}"
     trained = run_trainer(model, pairs, pairs.batch, table, recipe.seed, what, progress, checkpoints, loss)
-    about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings}
+    about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings, "plugins": plugins}
     save_model(model, loaded.tokenizer, folder, table, about, trained.weights)
     drop_checkpoints(folder)
     return folder, about

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ecoprompt.benchmarks import parse_forget
 from ecoprompt.files import write_bytes_atomic, write_text_atomic
 from ecoprompt.plots import rendered
+from ecoprompt.recipe import Recipe
 from ecoprompt.results import gate_cells, gate_report, markdown_table
 from ecoprompt.template import fill
 
@@ -147,3 +149,13 @@ def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | Non
     axes.grid(alpha=0.3)
     axes.legend()
     return rendered(figure)
+
+
+def gate_notes(recipe: Recipe) -> list[str]:
+    """What is to be known before its error rates are believed of a gate that the recipe trained."""
+    if recipe.data is None or recipe.gate.parameters.get("classifier"):
+        return []
+    texts = parse_forget(recipe.data.forget)[0]._gate().positive
+    alone = all(one.field in ("first_sentence", "text") for one in texts)
+    questions = "to flag, it learned texts and no question about them: name a file of such questions beside the texts"
+    return ["the gate was trained on the first two sets", *([questions] if alone else [])]

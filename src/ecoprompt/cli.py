@@ -14,22 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ecoprompt import processes
-from ecoprompt.printing import print_compared, print_evaluated, print_plan, print_trained
-from ecoprompt.terminal import (
-    console,
-    drop_output,
-    fail,
-    hush,
-    interrupt,
-    message,
-    number,
-    one_of,
-    print_json,
-    progress_bar,
-    show,
-    speak_up,
-)
+from ecoprompt import processes, terminal
+from ecoprompt.printing import print_compared, print_evaluated, print_gate, print_learned, print_plan, print_trained
+from ecoprompt.registry import load_plugin
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -57,6 +44,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, needing neither model nor network.")
 ]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Run your own Python file first, for what it registers."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
 FORMATS = ("latex", "markdown", "csv")
@@ -65,7 +56,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar=f"<{'|'.join(FORMATS)}>",
-        parser=one_of("--format", *FORMATS),
+        parser=terminal.one_of("--format", *FORMATS),
         help="Print the table as this, and no more.",
     ),
 ]
@@ -76,39 +67,43 @@ def _command(function: F) -> F:
     """Register a command; the one place where errors become a message on stderr and an exit status."""
 
     @functools.wraps(function)
-    def translated(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+    def translated(*args: Any, plugin: list[Path] | None = None, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        hush()
+        terminal.hush()
         try:
+            for file in plugin or []:
+                load_plugin(file)
             function(*args, **kwargs)
             sys.stdout.flush()
             processes.leave()
         except KeyboardInterrupt:
-            fail("interrupted; what was finished is kept", 130)
+            terminal.fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
-            drop_output()
+            terminal.drop_output()
             raise typer.Exit(0) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
-                drop_output()
-            told = message(error)
-            speak_up()
+                terminal.drop_output()
+            told = terminal.message(error)
+            terminal.speak_up()
             if debug:
                 traceback.print_exc()
-            fail(*told)
+            terminal.fail(*told)
 
-    # Typer reads the parameters off the signature that functools.wraps copied; --debug is every command's.
+    # Typer reads the parameters off the signature that functools.wraps copied; these two are every command's.
     import inspect
 
     signature = inspect.signature(function, eval_str=True)
-    own = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
-    translated.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    translated.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {
-        "debug": DebugOption
-    }
+    parameters = [
+        *signature.parameters.values(),
+        inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=PluginOption),
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption),
+    ]
+    translated.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    translated.__annotations__ = {one.name: one.annotation for one in parameters}
     app.command(name=function.__name__.replace("_", "-"))(translated)
     return function
 
@@ -151,17 +146,9 @@ def train_classifier(
 
         print_plan(gate_part(loaded), json)
         return
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
-    from ecoprompt.results import gate_report
-    from ecoprompt.tables import gate_table
-
-    if json:
-        measured = gate_report(trained.measured)
-        print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
-        return
-    show(gate_table(trained.measured, trained.threshold))
-    print(folder)
+    print_gate(loaded, folder, trained, json)
 
 
 @_command
@@ -189,18 +176,10 @@ def optimize(
     if dry_run:
         print_plan(loaded, json)
         return
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         learned = optimize(loaded, output, progress)
     drawn = draw(loaded, learned, output) if plot else None
-    if json:
-        print_json(learned.document())
-        return
-    from ecoprompt.tables import search_table
-
-    show(search_table(learned.found.evaluations, learned.found.best, learned.about["metric"], learned.about["target"]))
-    for name, value in learned.corruption.items():
-        print(f"{name} = {value}")
-    print(f"written: {', '.join(map(str, filter(None, [learned.pack, drawn])))}", file=sys.stderr)
+    print_learned(learned, drawn, json)
 
 
 def _recipe_or_comparison(context: typer.Context, recipe: str | None) -> str | None:
@@ -250,7 +229,7 @@ def evaluate(
         runs_of(loaded)
         print_plan(loaded, json)
         return
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         found = evaluate(loaded, output, progress)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -259,7 +238,7 @@ def evaluate(
 
         found.files.append(write_report(output / loaded.name, found.summary, found.rows))
     if json:
-        print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
+        terminal.print_json({name: found.summary[name] for name in ("recipe", "forget", "seed", "runs")})
         return
     print_evaluated(found, format_)
     print(f"written: {', '.join(map(str, found.files))}", file=sys.stderr)
@@ -288,7 +267,7 @@ def finetune(
         return
     from ecoprompt.finetune import finetune
 
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         print_trained(finetune(loaded, output, progress), json)
 
 
@@ -321,7 +300,7 @@ def baseline(
         return
     from ecoprompt.baseline import baseline
 
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         print_trained(dict([baseline(loaded, output, progress)]), json)
 
 
@@ -340,7 +319,7 @@ def chat(
         typer.Option(
             "--max-new-tokens",
             metavar="N",
-            parser=number("--max-new-tokens", int, 1),
+            parser=terminal.number("--max-new-tokens", int, 1),
             help="The most tokens of an answer.",
         ),
     ] = 200,
@@ -349,12 +328,13 @@ def chat(
         typer.Option(
             "--temperature",
             metavar="T",
-            parser=number("--temperature", float, 0, 100),
+            parser=terminal.number("--temperature", float, 0, 100),
             help="0: the likeliest answer; above: sampled, the wilder the higher.",
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", parser=number("--seed", int, 0, 2**32), help="Seed of sampling.")
+        int,
+        typer.Option("--seed", metavar="N", parser=terminal.number("--seed", int, 0, 2**32), help="Seed of sampling."),
     ] = 0,
     show_gate: Annotated[bool, typer.Option("--show-gate", help="Show the gate's score of each prompt.")] = False,
     jsonl: Annotated[
@@ -372,7 +352,7 @@ def chat(
 
     settings = parse_model({"name": model, "dtype": dtype})
     locate(model)
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         spec = load_forget(forget, progress) if forget is not None else None
         progress("loading the model", 0, 1)
         loaded = load_model(settings)
@@ -382,7 +362,7 @@ def chat(
     if sys.stdin.isatty() and sys.stdout.isatty() and not jsonl:
         import readline  # noqa: F401  (line editing and recall in input())
 
-        converse(session, console(), functools.partial(input, "> "), show_gate)
+        converse(session, terminal.console(), functools.partial(input, "> "), show_gate)
     else:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         pipe(session, raw_lines(sys.stdin), sys.stdout, jsonl, sys.stderr if show_gate else None)
@@ -391,7 +371,7 @@ def chat(
 def main() -> None:
     """The console script."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, terminal.interrupt)
     # A stream that the caller has closed is one where nothing comes from and where nothing is seen.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -399,6 +379,6 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # what --help prints may have nowhere to go, too
-        drop_output()
-        print(f"ecoprompt: {message(error)[0]}", file=sys.stderr)
+        terminal.drop_output()
+        print(f"ecoprompt: {terminal.message(error)[0]}", file=sys.stderr)
         sys.exit(1)

@@ -186,7 +186,8 @@ def _root(root: Path | None) -> Path | None:
 def _neighbour(path: Path) -> str:
     if not path.parent.is_dir():
         return f"'{path.parent}' is not there either"
-    return nearest(path.name, [other.name for other in path.parent.iterdir()])
+    hint = nearest(path.name, [other.name for other in path.parent.iterdir()])
+    return hint if hint.startswith("did") else f"'{path.parent}' is there"
 
 
 def check_below(path: str) -> None:
@@ -207,7 +208,7 @@ def _folders(source: Source, root: Path | None) -> list[Path]:
     if root is None or source.hub is None:
         return []
     name = source.hub.rpartition("/")[2]
-    return [root / source.hub, root / name, root / name.lower()]
+    return list(dict.fromkeys([root / source.hub, root / name, root / name.lower()]))
 
 
 def _file(path: Path) -> Path:

@@ -23,7 +23,7 @@ from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
 from ecoprompt.processes import from_main
 from ecoprompt.recipe import EvaluateTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, quiet
+from ecoprompt.registry import InputError, Progress, aggregates, benchmarks, metrics, plugins, quiet
 from ecoprompt.report import examples, said
 from ecoprompt.results import RETAIN, Store, count_rows, grid, to_json, write_results
 from ecoprompt.sources import ForgetSet
@@ -187,7 +187,7 @@ def _conclude(
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
         "resolved": recipe.document(),
-        "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)},
+        "versions": {name: version(name) for name in ("ecoprompt", *REPORTED)} | plugins,
         "hardware": _hardware(),
     }
     return Evaluated(summary, flat, [*write_results(folder, summary, flat), *write_plots(folder, summary)])

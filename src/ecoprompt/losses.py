@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ecoprompt.registry import losses, methods
+from ecoprompt.registry import keys_of, losses, methods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,12 +257,7 @@ class Method:
         self.weights = dict(weights)
         self.alternating = alternating
         self.learning_rate = learning_rate
-        keys = {
-            name: one
-            for term in weights
-            for name, one in inspect.signature(losses[term]).parameters.items()
-            if one.kind is _KEY
-        }
+        keys = {one.name: one for term in weights for one in keys_of(losses[term])}
         named = GenericAlias(dict, (Literal.__getitem__(tuple(weights)), Annotated[float, Field(ge=0)]))
         said = Field(description="of the terms of the loss; those not named keep theirs")
         weighed = inspect.Parameter("weights", _KEY, default=self.weights, annotation=Annotated[named, said])

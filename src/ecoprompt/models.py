@@ -78,7 +78,9 @@ def resolve(name: str) -> Place:
             raise InputError(f"model '{name}': this folder holds no config.json, so it is not a saved model")
         return Place(name, name)
     if not HUB_ID.fullmatch(name):
-        raise InputError(f"model '{name}': no such folder, and not a Hub id or an alias; {nearest(name, aliases())}")
+        is_path = name.startswith((".", "/", "~"))  # whose nearest alias says nothing
+        hint = "" if is_path else f", and not a Hub id or an alias; {nearest(name, aliases())}"
+        raise InputError(f"model '{name}': no such folder{hint}")
     return Place(name, name)
 
 

@@ -33,7 +33,17 @@ from ecoprompt.models import HUB_ID
 from ecoprompt.pressure import press
 from ecoprompt.processes import is_main, main_first
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
-from ecoprompt.registry import EcopromptError, InputError, Progress, benchmarks, corruptions, gates, nearest, quiet
+from ecoprompt.registry import (
+    EcopromptError,
+    InputError,
+    Progress,
+    benchmarks,
+    corruptions,
+    gates,
+    nearest,
+    plugins,
+    quiet,
+)
 from ecoprompt.sources import GateData, without_overlap
 
 PACK = "forget.toml"
@@ -140,7 +150,7 @@ def searched_by(recipe: Recipe) -> str:
             subsets, _ = columns[optimize["metric"]]
             limits.append([benchmark.model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}])
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
-    return digest(model, optimize, limits, forget, retain, *parts)
+    return digest(model, optimize, limits, forget, retain, *parts, *plugins.values())
 
 
 def save_learned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,39 @@ from ecoprompt.terminal import print_json, show
 
 if TYPE_CHECKING:
     from ecoprompt.evaluate import Evaluated
+    from ecoprompt.optimize import Learned
+    from ecoprompt.pack import TrainedGate
     from ecoprompt.recipe import Recipe
+
+
+def print_gate(recipe: Recipe, folder: Path, trained: TrainedGate, json: bool) -> None:
+    """How often a gate errs, its pack, and on stderr what is to be known of that."""
+    from ecoprompt.card import gate_notes
+    from ecoprompt.results import gate_report
+    from ecoprompt.tables import gate_table
+
+    if json:
+        measured = gate_report(trained.measured)
+        print_json({"pack": str(folder), "threshold": trained.threshold, "measured": measured, **trained.about})
+        return
+    show(gate_table(trained.measured, trained.threshold))
+    print(folder)
+    for note in gate_notes(recipe):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def print_learned(learned: Learned, drawn: Path | None, json: bool) -> None:
+    """The evaluations of a search, the corruption that it found, and on stderr what was written."""
+    from ecoprompt.tables import search_table
+
+    if json:
+        print_json(learned.document())
+        return
+    about = learned.about
+    show(search_table(learned.found.evaluations, learned.found.best, about["metric"], about["target"]))
+    for name, value in learned.corruption.items():
+        print(f"{name} = {value}")
+    print(f"written: {', '.join(map(str, filter(None, [learned.pack, drawn])))}", file=sys.stderr)
 
 
 def print_evaluated(found: Evaluated, form: str | None) -> None:

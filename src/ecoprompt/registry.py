@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -94,7 +99,7 @@ class Registry(Mapping[str, Any]):
     def add(self, name: str, item: Any) -> None:
         """Enter something that is declared, not programmed, under `name`."""
         if name in self._items:
-            raise ValueError(f"{self.kind} '{name}' is registered twice")
+            raise InputError(f"{self.kind} '{name}' is registered twice; choose another name")
         self._items[name] = item
 
     def drop(self, name: str) -> None:
@@ -125,14 +130,12 @@ class Registry(Mapping[str, Any]):
         if name not in self._schemas:
             from pydantic import ConfigDict, create_model
 
-            function = self[name]
             fields: dict[str, Any] = {
-                one.name: (one.annotation, ... if one.default is one.empty else one.default)
-                for one in inspect.signature(function).parameters.values()
-                if one.kind is one.KEYWORD_ONLY
+                one.name: (one.annotation, ... if one.default is inspect.Parameter.empty else one.default)
+                for one in keys_of(self[name])
             }
             config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-            self._schemas[name] = create_model(name, __config__=config, __module__=function.__module__, **fields)
+            self._schemas[name] = create_model(name, __config__=config, **fields)
         return self._schemas[name]
 
     def bind(self, name: str, parameters: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -147,6 +150,50 @@ class Registry(Mapping[str, Any]):
             return schema.model_validate(dict(parameters)).model_dump()
         except ValidationError as error:
             raise InputError(*describe(error, schema, where, f"{self.kind} '{name}'")) from None
+
+
+def keys_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The keyword-only parameters of `function`, with their annotations as they are meant where it stands."""
+    found = [
+        one for one in inspect.signature(function).parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    return [
+        one.replace(annotation=eval(one.annotation, inspect.unwrap(function).__globals__))  # noqa: S307
+        if isinstance(one.annotation, str)
+        else one
+        for one in found
+    ]
+
+
+plugins: dict[str, str] = {}
+"""The digest of each Python file that `load_plugin` ran, by its name."""
+
+
+def load_plugin(file: Path) -> None:
+    """Run a Python file of the user's own, which registers corruptions, loss terms, methods and the like.
+
+    Only a caller may name one, never a recipe or a pack, which may be a stranger's.
+    """
+    if not file.is_file() or file.suffix != ".py":
+        raise InputError(f"--plugin {file}: expected a Python file")
+    name = file.stem
+    if name in sys.modules or name in sys.stdlib_module_names:
+        raise InputError(f"--plugin {file}: there is a module '{name}' already, rename the file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        del sys.modules[name]
+        raise InputError(f"--plugin {file}: {type(error).__name__}: {error} (--debug shows where)") from error
+    plugins[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def made_by() -> str:
+    """The program's version and the digests of the plug-ins: what decides a result beside its inputs."""
+    return " ".join([importlib.metadata.version("ecoprompt"), *sorted(plugins.values())])
 
 
 def describe(error: ValidationError, schema: type[BaseModel], where: str, what: str) -> list[str]:
@@ -194,7 +241,9 @@ def _describe_one(problem: Mapping[str, Any], schema: type[BaseModel], path: Seq
         place = f"[{'.'.join(path[:-1])}]" if path[:-1] else what
         return f"{place} has no key '{path[-1]}'; {nearest(path[-1], names)}"
     if problem["type"] == "missing":
-        return "this key is needed"
+        _, table = _walk(schema, problem["loc"][:-1])
+        field = getattr(table, "model_fields", {}).get(path[-1]) if path else None
+        return f"this key is needed ({field.description})" if field and field.description else "this key is needed"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     found = show(problem["input"])
