@@ -17,6 +17,7 @@ import typer
 from ecoprompt import processes, terminal
 from ecoprompt.printing import print_compared, print_evaluated, print_gate, print_learned, print_plan, print_trained
 from ecoprompt.registry import load_plugin
+from ecoprompt.terminal import number, one_of
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -56,7 +57,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar=f"<{'|'.join(FORMATS)}>",
-        parser=terminal.one_of("--format", *FORMATS),
+        parser=one_of("--format", *FORMATS),
         help="Print the table as this, and no more.",
     ),
 ]
@@ -319,7 +320,7 @@ def chat(
         typer.Option(
             "--max-new-tokens",
             metavar="N",
-            parser=terminal.number("--max-new-tokens", int, 1),
+            parser=number("--max-new-tokens", int, 1),
             help="The most tokens of an answer.",
         ),
     ] = 200,
@@ -328,13 +329,12 @@ def chat(
         typer.Option(
             "--temperature",
             metavar="T",
-            parser=terminal.number("--temperature", float, 0, 100),
+            parser=number("--temperature", float, 0, 100),
             help="0: the likeliest answer; above: sampled, the wilder the higher.",
         ),
     ] = 0.0,
     seed: Annotated[
-        int,
-        typer.Option("--seed", metavar="N", parser=terminal.number("--seed", int, 0, 2**32), help="Seed of sampling."),
+        int, typer.Option("--seed", metavar="N", parser=number("--seed", int, 0, 2**32), help="Seed of sampling.")
     ] = 0,
     show_gate: Annotated[bool, typer.Option("--show-gate", help="Show the gate's score of each prompt.")] = False,
     jsonl: Annotated[

@@ -105,6 +105,7 @@ class Registry(Mapping[str, Any]):
     def drop(self, name: str) -> None:
         """Take out what is entered under `name`, if anything is."""
         self._items.pop(name, None)
+        self._schemas.pop(name, None)
 
     def _load(self) -> dict[str, Any]:
         importlib.import_module(self.home)
