@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from ecoprompt import registry
+from ecoprompt.recipe import digest
 from ecoprompt.registry import EcopromptError, InputError, Registry, UnguardedError, describe, nearest
 
 
@@ -204,7 +205,7 @@ def plugin(tmp_path, monkeypatch):
 
 def test_a_plugin_registers_what_a_recipe_may_name(plugin, monkeypatch):
     monkeypatch.setattr(registry, "plugins", {})
-    before = registry.made_by()
+    before = digest({"loss": "hinge-gd"}), digest("other")
     plugin.write_text(PLUGIN)
     registry.load_plugin(plugin)
     assert registry.methods.bind("hinge-gd", {}) == {"margin": 4.0, "weights": {"hinge": 2.0}}
@@ -212,7 +213,8 @@ def test_a_plugin_registers_what_a_recipe_may_name(plugin, monkeypatch):
     assert problems_of(registry.methods.bind, "hinge-gd", {"margin": 0}) == [
         "'margin': found 0, expected a number above 0"
     ]
-    assert registry.made_by().split() == [before, *registry.plugins.values()]
+    assert digest({"loss": "hinge-gd"}) != before[0]
+    assert digest("other") == before[1]
     assert list(registry.plugins) == [plugin.name]
 
 

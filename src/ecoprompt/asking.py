@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 from ecoprompt import processes
@@ -17,7 +18,7 @@ from ecoprompt.models import Loaded, encode, render, render_answer
 from ecoprompt.pack import TrainedGate, make_forget
 from ecoprompt.probe import unpacked
 from ecoprompt.recipe import Recipe, Run, digest
-from ecoprompt.registry import Progress, benchmarks, made_by, metrics
+from ecoprompt.registry import Progress, benchmarks, metrics
 from ecoprompt.results import Store
 from ecoprompt.scoring import Request, Room, Sample, answer, log_prob
 from ecoprompt.template import fill
@@ -154,7 +155,7 @@ def _asked(
 ) -> Asked:
     """A row with the keys of what is asked of it: of a flagged prompt, they depend on how it is corrupted."""
     corrupted = {  # which turns the gate flagged shows in the positions
-        text: digest(made_by(), run.tokens, run.corruption, run.seed, decision.positions)
+        text: digest(version("ecoprompt"), run.tokens, run.corruption, run.seed, decision.positions)
         for text, decision in decisions.items()
         if decision.flagged
     }

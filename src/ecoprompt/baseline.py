@@ -19,7 +19,7 @@ from ecoprompt.lessons import Lesson, Lessons, baseline_table, lessons_of, most_
 from ecoprompt.losses import Method, Scored
 from ecoprompt.models import Loaded, load_model
 from ecoprompt.pack import OUTPUT
-from ecoprompt.processes import from_main, several
+from ecoprompt.processes import check_agreement, from_main, several
 from ecoprompt.recipe import Recipe, digest
 from ecoprompt.registry import InputError, Progress, methods, plugins, quiet
 from ecoprompt.training import (
@@ -53,7 +53,8 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     folder = output / recipe.name / BASELINES / table.loss
     settings = table.model_dump(mode="json", exclude={"parameters"}) | table.parameters | several()
     taught = [[vars(one) for one in part] for part in (lessons.forget, lessons.retain)]
-    how = digest(settings, recipe.seed, loaded.fingerprint, taught, refusals, *plugins.values())
+    how = digest(settings, recipe.seed, loaded.fingerprint, taught, refusals)
+    check_agreement(how)
     before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return folder, before

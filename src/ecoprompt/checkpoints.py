@@ -29,8 +29,10 @@ def newest(folder: Path | None) -> str | None:
     found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
     for path in reversed(found):
         try:
-            json.loads((path / "trainer_state.json").read_text())  # which is written last
-            return str(path)
+            json.loads((path / "trainer_state.json").read_text())  # which the main process writes last
+            others = range(processes.count()) if processes.count() > 1 else ()
+            if all((path / f"rng_state_{rank}.pth").exists() for rank in others):
+                return str(path)
         except (OSError, ValueError):
             shutil.rmtree(path)
     return None
@@ -44,24 +46,28 @@ def trained_before(folder: Path, digest: str) -> dict[str, Any] | None:
         return None
     if about.get("digest") != digest:
         return None
-    drop_checkpoints(folder)  # of a training that was killed when it had all but ended
+    shutil.rmtree(_place(folder, digest), ignore_errors=True)  # it was killed when it had all but ended
     return about
 
 
 def checkpoints_of(folder: Path, how: str) -> Path:
     """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
-    wanted = folder.with_name(f".{folder.name}-{how}")
+    wanted = _place(folder, how)
     with processes.main_first():
         drop_checkpoints(folder, but=wanted)
         wanted.mkdir(parents=True, exist_ok=True)
     return wanted
 
 
+def _place(folder: Path, how: str) -> Path:
+    return folder.with_name(f".{folder.name}-{how}")
+
+
 def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Remove the checkpoints that the model `folder` was trained through; the main process does."""
-    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16):
+    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16) if processes.is_main() else ():
         if place != but:
-            processes.drop(place)
+            shutil.rmtree(place)
 
 
 def save_model(
@@ -90,8 +96,12 @@ def save_model(
             model.save_pretrained(part, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
         tokenizer.save_pretrained(part)
     write_text_atomic(part / ABOUT, to_json(about))
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # moved before it is removed, so that no folder is half a model
+        os.replace(folder, old)
     os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -71,7 +71,6 @@ def _command(function: F) -> F:
     def translated(*args: Any, plugin: list[Path] | None = None, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        terminal.hush()
         try:
             for file in plugin or []:
                 load_plugin(file)
@@ -86,7 +85,7 @@ def _command(function: F) -> F:
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+            if isinstance(error, OSError) and error.errno in (*terminal.FULL, errno.EIO):
                 terminal.drop_output()
             told = terminal.message(error)
             terminal.speak_up()
@@ -370,6 +369,7 @@ def chat(
 
 def main() -> None:
     """The console script."""
+    terminal.hush()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, terminal.interrupt)
     # A stream that the caller has closed is one where nothing comes from and where nothing is seen.

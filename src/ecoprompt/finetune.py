@@ -18,7 +18,7 @@ from ecoprompt.learning import FinetuneTable
 from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
-from ecoprompt.processes import from_main, several
+from ecoprompt.processes import check_agreement, from_main, several
 from ecoprompt.recipe import ModelTable, Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
 from ecoprompt.training import (
@@ -53,6 +53,7 @@ def _make(
     """Trains one model, unless that was done; how it was made."""
     settings = table.model_dump(mode="json", exclude={"models"}) | several()
     how = digest(settings, recipe.seed, start.fingerprint, [[one.prompt, one.answer, one.plain] for one in lessons])
+    check_agreement(how)
     before = from_main(lambda: trained_before(folder, how))
     if before is not None:
         return before

@@ -86,7 +86,7 @@ class BestEpoch(TrainerCallback):  # type: ignore[misc]
 
 def _arguments(folder: str, settings: Mapping[str, Any]) -> TrainingArguments:
     """Trainer arguments that evaluate each epoch, write no checkpoint and report nowhere."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         optim="adamw_torch",
         lr_scheduler_type="cosine",
@@ -100,3 +100,5 @@ def _arguments(folder: str, settings: Mapping[str, Any]) -> TrainingArguments:
         average_tokens_across_devices=False,
         **settings,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs one, so that a batch is what the recipe says
+    return arguments

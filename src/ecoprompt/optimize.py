@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.plots import draw_search, rendered
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
-from ecoprompt.registry import InputError, Progress, aggregates, made_by, quiet
+from ecoprompt.registry import InputError, Progress, aggregates, quiet
 from ecoprompt.results import RETAIN, Store
 from ecoprompt.zeroth import Found, Measured, Space, minimise
 
@@ -149,7 +150,7 @@ class Objective:
         """A digest of all that decides what the objective is at a parameter: tables, models, rows, version."""
         rows = [(item.prompt, item.target, item.reference, item.alternatives) for item in self.items]
         models = (self.asking.loaded.fingerprint, self._compared)
-        return digest(searched_by(self.recipe), models, self.target, rows, made_by())
+        return digest(searched_by(self.recipe), models, self.target, rows, version("ecoprompt"))
 
     def attach(self, trained: TrainedGate, progress: Progress) -> None:
         """Load the model that is to be guarded, and settle the target, the space and where the search starts."""

@@ -41,7 +41,6 @@ from ecoprompt.registry import (
     corruptions,
     gates,
     nearest,
-    plugins,
     quiet,
 )
 from ecoprompt.sources import GateData, without_overlap
@@ -150,7 +149,7 @@ def searched_by(recipe: Recipe) -> str:
             subsets, _ = columns[optimize["metric"]]
             limits.append([benchmark.model_dump(mode="json"), {name: entry.limit_of(name) for name in subsets}])
     forget, retain = tables.get("data", {}).get("forget"), tables.get("run", {}).get("retain")
-    return digest(model, optimize, limits, forget, retain, *parts, *plugins.values())
+    return digest(model, optimize, limits, forget, retain, *parts)
 
 
 def save_learned(

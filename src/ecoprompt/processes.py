@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ecoprompt.registry import EcopromptError
@@ -24,6 +23,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+HIDDEN = ("ACCELERATE_USE", "ACCELERATE_MIXED_PRECISION")
+"""How the names begin of what accelerate reads from the environment beside the processes."""
+LOST = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")
 LONGEST = timedelta(days=30)
 """A process waits for another: a gate may train for hours, and a launcher ends those that wait for a dead one."""
 
@@ -123,15 +125,14 @@ class Order:
             self.order.set_epoch(epoch)
 
 
+def spreads() -> bool:
+    """Whether the launcher has models spread over the processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
 def several() -> dict[str, Any]:
     """What is to be said of a training's settings where several processes share it, whose batches add up."""
     return {"processes": count()} if count() > 1 else {}
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder; the main process does."""
-    if is_main():
-        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -152,7 +153,7 @@ def alone() -> Iterator[None]:
         return
     from accelerate.state import AcceleratorState
 
-    names = [name for name in os.environ if name in (*COUNT, *RANK, "LOCAL_RANK") or name.startswith("ACCELERATE_USE")]
+    names = [name for name in os.environ if name in (*COUNT, *RANK, "LOCAL_RANK") or name.startswith(HIDDEN)]
     hidden = {name: os.environ.pop(name) for name in names}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -165,4 +166,4 @@ def alone() -> Iterator[None]:
 
 def lost_another(error: BaseException) -> bool:
     """Whether an error only says that another process is gone."""
-    return count() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    return count() > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None

@@ -16,7 +16,18 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from ecoprompt.checks import check_benchmarks, check_optimize, check_runs
 from ecoprompt.files import read_toml
 from ecoprompt.learning import BaselineTable, FinetuneTable, check_training
-from ecoprompt.registry import InputError, Registry, corruptions, describe, gates, methods, nearest, searches, selectors
+from ecoprompt.registry import (
+    InputError,
+    Registry,
+    corruptions,
+    describe,
+    gates,
+    methods,
+    nearest,
+    plugged,
+    searches,
+    selectors,
+)
 from ecoprompt.sources import Table
 from ecoprompt.sweep import check_sweep, key_path, parse_override, points, set_key, with_swept
 
@@ -221,9 +232,11 @@ class Run:
 
 
 def digest(*parts: Any) -> str:
-    """Sixteen hexadecimal digits that stand for `parts` in canonical JSON (tables are dumped)."""
+    """Sixteen hexadecimal digits that stand for `parts` in canonical JSON (tables are dumped), and for plug-ins
+    that they name."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    document = json.dumps(plain, sort_keys=True)
+    return hashlib.sha256("".join([document, *plugged(document)]).encode()).hexdigest()[:16]
 
 
 def shipped() -> dict[str, Path]:

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import types
@@ -101,10 +102,13 @@ class Registry(Mapping[str, Any]):
         if name in self._items:
             raise InputError(f"{self.kind} '{name}' is registered twice; choose another name")
         self._items[name] = item
+        if _running:
+            _entered[name] = _running[-1]
 
     def drop(self, name: str) -> None:
         """Take out what is entered under `name`, if anything is."""
         self._items.pop(name, None)
+        _entered.pop(name, None)
         self._schemas.pop(name, None)
 
     def _load(self) -> dict[str, Any]:
@@ -168,6 +172,8 @@ def keys_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 plugins: dict[str, str] = {}
 """The digest of each Python file that `load_plugin` ran, by its name."""
+_running: list[str] = []
+_entered: dict[str, str] = {}
 
 
 def load_plugin(file: Path) -> None:
@@ -177,24 +183,33 @@ def load_plugin(file: Path) -> None:
     """
     if not file.is_file() or file.suffix != ".py":
         raise InputError(f"--plugin {file}: expected a Python file")
-    name = file.stem
-    if name in sys.modules or name in sys.stdlib_module_names:
+    name, digest = file.stem, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    known = None if name in sys.modules else importlib.util.find_spec(name)
+    if name in sys.modules or (known and Path(known.origin or "").resolve() != file.resolve()):
         raise InputError(f"--plugin {file}: there is a module '{name}' already, rename the file")
+    for registry in (corruptions, selectors, gates, pressures, metrics, benchmarks, searches, losses):
+        len(registry)  # the package's own names come first, so that a plug-in's is the one registered twice
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    _running.append(digest)
     try:
         spec.loader.exec_module(module)
+    except InputError as error:
+        del sys.modules[name]
+        raise InputError(f"--plugin {file}: {error}") from None
     except Exception as error:  # whatever the user's own code raises
         del sys.modules[name]
         raise InputError(f"--plugin {file}: {type(error).__name__}: {error} (--debug shows where)") from error
-    plugins[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    finally:
+        _running.clear()
+    plugins[file.name] = digest
 
 
-def made_by() -> str:
-    """The program's version and the digests of the plug-ins: what decides a result beside its inputs."""
-    return " ".join([importlib.metadata.version("ecoprompt"), *sorted(plugins.values())])
+def plugged(document: str) -> list[str]:
+    """The digests of the plug-ins that entered a name which stands in a JSON document, as a string of its own."""
+    return sorted({digest for name, digest in _entered.items() if json.dumps(name) in document})
 
 
 def describe(error: ValidationError, schema: type[BaseModel], where: str, what: str) -> list[str]:

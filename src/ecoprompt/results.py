@@ -64,6 +64,7 @@ class Store:
             left = memoryview(_torn(file) + line.encode())
             while left:
                 left = left[file.write(left) :]
+            os.fsync(file.fileno())
 
     def _keep(self, values: Mapping[str, Any], seconds: float) -> None:
         self._values.update(values)

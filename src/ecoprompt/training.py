@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -152,6 +151,8 @@ def run_trainer(
 
     Going on from a checkpoint in `folder` gives what would have come of it without the interruption.
     """
+    if course.optimizer == "sophia" and (processes.spreads() or (processes.count() > 1 and course.accumulation > 1)):
+        raise InputError(f"{what}: 'sophia' is for whole models and, in several processes, for an accumulation of 1")
     with tempfile.TemporaryDirectory() as nowhere:
         report = _Report(what, progress, dataset)
         second_order = (Sophia, {"lr": course.learning_rate}) if course.optimizer == "sophia" else None
@@ -204,6 +205,7 @@ def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
     )
+    arguments.mixed_precision = "bf16" if bf16 else "no"  # and not what a launcher's configuration says
     arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, each has a process of its own, or none
     return arguments
 
@@ -223,7 +225,7 @@ def with_adapters(model: PreTrainedModel, course: Course, seed: int) -> Any:
     """The model with the low-rank adapters that `[…] lora` asks for, alone to be trained; else as it is."""
     if course.lora is None:
         return model
-    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+    if processes.spreads():
         raise InputError("'lora': adapters cannot be merged into a model that FSDP or DeepSpeed spreads")
     try:
         import peft
