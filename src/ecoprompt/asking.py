@@ -222,6 +222,7 @@ def judge(
     started = time.perf_counter()
     if trained is None:
         return [Asked(item, {}, {}) for item in items], 0.0
+    processes.check_agreement([prefix, *(item.prompt for item in items)])
     gate, scores = trained.gate, list[float]()
 
     def score(some: Sequence[Item]) -> list[float]:
