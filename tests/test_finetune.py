@@ -116,6 +116,19 @@ def test_a_killed_training_goes_on_to_the_same_weights(recipe, tmp_path, model_f
     assert not checkpoints.exists()
 
 
+def test_a_model_is_replaced_whole_and_checkpoints_of_another_training_stay(recipe, tmp_path):
+    one = SCRATCH | {"models": ["full"], "epochs": 1.0}
+    (folder,) = finetune(recipe(one), tmp_path)
+    (folder / "left.txt").write_text("by hand")
+    finetune(recipe(one | {"epochs": 2.0}), tmp_path)
+    assert not (folder / "left.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["full"]
+    another = folder.with_name(".full-" + "0" * 16)
+    another.mkdir()
+    finetune(recipe(one | {"epochs": 2.0}), tmp_path)  # is there, so that nothing is trained
+    assert another.exists()
+
+
 def test_a_model_with_adapters_is_saved_as_one_without(recipe, tmp_path, model_folder):
     table = COURSE | {"models": ["full"], "base": str(model_folder), "lora": {"targets": ["q_proj"]}, "epochs": 1.0}
     finetune(recipe(table), tmp_path)

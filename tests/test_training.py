@@ -83,6 +83,14 @@ def test_second_order_lowers_the_loss_too(tokenizer: PreTrainedTokenizerFast) ->
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("launched", [{"WORLD_SIZE": "2"}, {"ACCELERATE_USE_FSDP": "true"}])
+def test_second_order_is_refused_where_a_step_s_gradients_are_not_at_hand(tokenizer, monkeypatch, launched) -> None:
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="'sophia' is for whole models"):
+        train_causal_lm(tiny(tokenizer), tokenizer, EXAMPLES, Course(optimizer="sophia", accumulation=2))
+
+
 def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = tiny(tokenizer)
