@@ -35,7 +35,9 @@ class Course(Table):
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of an example; a longer answer is cut, a text divided; default: the benchmark's"
     )
-    by_length: bool = Field(False, description="batches of like length, which saves padding")
+    by_length: bool = Field(
+        False, description="batches of like length, which saves padding; `accumulation` mixes the lengths of a step"
+    )
     save_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between two checkpoints to go on from; default: one after each epoch"
     )

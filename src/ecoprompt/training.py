@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -305,13 +305,31 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return self.loss(model, inputs, self.state.epoch or 0.0, self.step)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        count, data = processes.count(), self.train_dataset if train_dataset is None else train_dataset
-        if count == 1:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * processes.count()
+        if self.args.train_sampling_strategy == "group_by_length":
+            order: Any = _Mixed(LengthGroupedSampler(batch, data), batch)
+        elif processes.count() > 1:
+            order = SeedableRandomSampler(data)
+        else:
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * count
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        together = batch * self.args.gradient_accumulation_steps
-        return processes.Order(LengthGroupedSampler(together, data) if grouped else SeedableRandomSampler(data), batch)
+        return order if processes.count() == 1 else processes.Order(order, batch)
+
+
+class _Mixed(torch.utils.data.Sampler[int]):
+    """The batches of a sampler that groups by length, in random order, so that a step of several has short and long ones."""
+
+    def __init__(self, grouped: LengthGroupedSampler, batch: int) -> None:
+        self.grouped, self.batch = grouped, batch
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        order, whole = list(self.grouped), len(self.grouped) // self.batch
+        for number in torch.randperm(whole).tolist():
+            yield from order[number * self.batch : (number + 1) * self.batch]
+        yield from order[whole * self.batch :]
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
