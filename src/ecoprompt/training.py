@@ -317,7 +317,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 class _Mixed(torch.utils.data.Sampler[int]):
-    """The batches of a sampler that groups by length, in random order, so that a step of several has short and long ones."""
+    """The batches of a sampler that groups by length in random order, so that a step of several mixes lengths."""
 
     def __init__(self, grouped: LengthGroupedSampler, batch: int) -> None:
         self.grouped, self.batch = grouped, batch
