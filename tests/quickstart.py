@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import ecoprompt
 from ecoprompt.finetune import new_model, new_tokenizer
 from ecoprompt.learning import Course
 from ecoprompt.registry import Progress, quiet
-from ecoprompt.training import Example, example, join, train_causal_lm
+from ecoprompt.training import Example, example, train_causal_lm
 
 QUICKSTART = Path(ecoprompt.__file__).parent / "quickstart"
 """Where the shipped data and models lie."""
@@ -165,6 +165,12 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """An untrained Llama of under a million parameters."""
     return new_model(CONFIG, tokenizer, seed)
+
+
+def join(examples: Iterable[Example]) -> Example:
+    """Several examples as one sequence, for instance the turns of a conversation."""
+    parts = list(examples)
+    return Example(tuple(i for part in parts for i in part.ids), tuple(i for part in parts for i in part.labels))
 
 
 def conversations(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ecoprompt.learning import Course
 from ecoprompt.registry import InputError
-from ecoprompt.training import IGNORED, Example, collate, example, join, train_causal_lm
+from ecoprompt.training import IGNORED, Example, collate, example, train_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,6 @@ EXAMPLES = [example((5, 6, 7), (8, 9), loss="completion"), example((5,), (10, 11
 def test_the_loss_is_over_the_completion_or_over_all() -> None:
     assert EXAMPLES[0] == Example((5, 6, 7, 8, 9), (IGNORED, IGNORED, IGNORED, 8, 9))
     assert EXAMPLES[1].labels == EXAMPLES[1].ids == (5, 10, 11, 12, 1)
-
-
-def test_joined_examples_follow_each_other() -> None:
-    both = join(EXAMPLES)
-    assert both.ids == EXAMPLES[0].ids + EXAMPLES[1].ids
-    assert both.labels == EXAMPLES[0].labels + EXAMPLES[1].labels
 
 
 def test_padding_is_neither_attended_to_nor_learnt() -> None:

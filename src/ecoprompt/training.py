@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,12 +73,6 @@ def example(prompt: Sequence[int], completion: Sequence[int], *, loss: Literal["
     """A prompt with its completion; the loss is over the completion's tokens, or over `all`."""
     ids = (*prompt, *completion)
     return Example(ids, ids if loss == "all" else (*([IGNORED] * len(prompt)), *completion))
-
-
-def join(examples: Iterable[Example]) -> Example:
-    """Several examples as one sequence, for instance the turns of a conversation."""
-    parts = list(examples)
-    return Example(tuple(i for part in parts for i in part.ids), tuple(i for part in parts for i in part.labels))
 
 
 def encode_lesson(tokenizer: PreTrainedTokenizerBase, lesson: Lesson, course: Course, most: int) -> list[Example]:
