@@ -384,7 +384,7 @@ def test_another_benchmark_does_not_take_the_place_of_a_recipes_results():
     pages = [ROOT / "README.md", ROOT / "recipes" / "wmdp.toml", *ROOT.glob("docs/*.md")]
     told = [line for page in pages for line in page.read_text().splitlines()]
     told = [line for line in told if re.search(r"evaluate=\[\{ benchmark = \"\w+-(probe|repeat)\"", line)]
-    assert len(told) == 4
+    assert len(told) == 3
     assert all("--set name=" in line for line in told)
 
 
