@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,17 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_text_atomic(path, "second")
     assert path.read_bytes() == "first é\n".encode()
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_writing(tmp_path):
+    path, long_ago = tmp_path / "a[1].txt", time.time() - 3600
+    left, fresh, other = (tmp_path / name for name in (".a[1].txt.17", ".a[1].txt.18", ".a[1].txt.old"))
+    for file in (left, fresh, other):
+        file.write_text("half")
+    for file in (left, other):
+        os.utime(file, (long_ago, long_ago))
+    write_text_atomic(path, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
 
 
 @pytest.mark.parametrize(

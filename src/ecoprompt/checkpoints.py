@@ -27,14 +27,13 @@ def newest(folder: Path | None) -> str | None:
     if folder is None:
         return None
     found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    ranks = range(processes.count()) if processes.count() > 1 else ()
     for path in reversed(found):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())  # which the main process writes last
-            others = range(processes.count()) if processes.count() > 1 else ()
-            if all((path / f"rng_state_{rank}.pth").exists() for rank in others):
+            if all((path / f"rng_state_{rank}.pth").exists() for rank in ranks):
                 return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     return None
 
 

@@ -138,11 +138,9 @@ def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[R
 
 def _takes_corruption(recipe: Recipe, run: Run) -> bool:
     """Whether a run is corrupted as [corruption] says, and neither as a table of its own nor as a sweep does."""
-    name = run.name.partition("[")[0]
-    swept = any(
-        path[0] == "corruption" or path[:3] == ["run", name, "corruption"] for path in map(key_path, recipe.sweep)
-    )
-    return recipe.run[name].corruption is None and not swept
+    own = ["run", run.base, "corruption"]
+    swept = any(path[0] == "corruption" or path[:3] == own for path in map(key_path, recipe.sweep))
+    return recipe.run[run.base].corruption is None and not swept
 
 
 def _conclude(
@@ -165,11 +163,11 @@ def _conclude(
     for run in runs:
         _, seconds, gate = done[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
+            "base": run.base,
+            "point": run.point,
+            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run, runs))),
             "errors": errors(columns.get(run.name, {}), averages),
-            "paired": differences(
-                columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run.name, rows)), averages
-            ),
+            "paired": differences(columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run, runs)), averages),
             "seconds": seconds,
             "gate": gate,
             "model": run.model.name,
@@ -182,7 +180,7 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "tradeoff": _tradeoff(tables),
-        "better": _better(tables, RETAIN in {run.name.partition("[")[0] for run in runs}),
+        "better": _better(tables, RETAIN in {run.base for run in runs}),
         "chance": _chance(done[runs[0].name][0]),
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
@@ -210,14 +208,9 @@ def _better(tables: Sequence[Benchmark], retain: bool) -> dict[str, str]:
     return {name: way for name, way in every.items() if retain or way != "closer to retain"}
 
 
-def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
-    """The run called `which` to compare `run` with: of the same point of a sweep, if that changes it too."""
-    point = set(run.partition("[")[2].removesuffix("]").split(","))
-    for name in values:
-        base, _, rest = name.partition("[")
-        if base == which and set(rest.removesuffix("]").split(",")) <= point | {""}:
-            return name
-    return which
+def _same_point(base: str, run: Run, runs: Sequence[Run]) -> str:
+    """The run called `base` to compare `run` with: of the same point of a sweep, if that changes it too."""
+    return next((one.name for one in runs if one.base == base and one.point.items() <= run.point.items()), base)
 
 
 def runs_of(recipe: Recipe) -> list[Run]:

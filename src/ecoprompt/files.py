@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +155,8 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
         raise InputError(f"{path}: not a safetensors file, or one that is cut off ({error})") from None
 
 
+ABANDONED = 600
+"""Seconds after which a half-written file is one that a killed process left."""
 FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
 """What safetensors, tokenizers and torch say where they can write no further."""
 
@@ -196,3 +200,6 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if left.suffix[1:].isdecimal() and left.stat().st_mtime < time.time() - ABANDONED:
+                left.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Pat
     benchmark, forget_set = parse_forget(recipe.data.forget)
     if benchmark.training is None:
         raise InputError(f"benchmark '{benchmark.name}' does not say what a model is trained on (no [training] table)")
-    return benchmark, forget_set, benchmark.training, Path(recipe.data.root) if recipe.data.root else None
+    return benchmark, forget_set, benchmark.training, recipe.root
 
 
 def _lessons(benchmark: Benchmark, texts: TrainingTexts, forget_set: ForgetSet, root: Path | None) -> list[Lesson]:

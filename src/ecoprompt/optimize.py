@@ -22,6 +22,7 @@ from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.plots import draw_search, rendered
+from ecoprompt.processes import is_main
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
 from ecoprompt.results import RETAIN, Store
@@ -104,7 +105,7 @@ def search_of(recipe: Recipe) -> tuple[OptimizeTable, CorruptionTable]:
 def _retain_run(recipe: Recipe, table: OptimizeTable) -> Run | None:
     """The run that tells what the metric should be: [run.retain], else one of the surrogate, if there is one."""
     for run in resolve_runs(recipe):
-        if run.name.partition("[")[0] == RETAIN:
+        if run.base == RETAIN:
             return run
     if table.surrogate is None:
         return None
@@ -218,10 +219,12 @@ def check_plot() -> None:
 def draw(recipe: Recipe, learned: Learned, output: Path = OUTPUT) -> Path:
     """The file that is written: a picture of the search. Raises InputError without matplotlib."""
     check_plot()
+    path = output / recipe.name / "optimize.png"
+    if not is_main():
+        return path
     table, about = search_of(recipe)[0], learned.about
     parameter = f"{learned.corruption['method']}: {table.parameter}"
     distance = f"distance of {table.metric} from {about['target']:.4g}"
     figure = draw_search(learned.found.evaluations, learned.found.best, table.scale, parameter, distance)
-    path = output / recipe.name / "optimize.png"
     write_bytes_atomic(path, rendered(figure))
     return path

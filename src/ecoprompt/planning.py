@@ -29,10 +29,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 counts[name] = count - round(held_out * count)
         rows[benchmark.name] = {name: _at_most(count, table.limit_of(name)) for name, count in counts.items()}
     if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
-        root = Path(recipe.data.root) if recipe.data.root else None
         benchmark, forget_set = parse_forget(recipe.data.forget)
-        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, root)
-        rows |= {name: benchmarks[name].dry_gate_rows(None, root) for name in recipe.data.checks}
+        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, recipe.root)
+        rows |= {name: benchmarks[name].dry_gate_rows(None, recipe.root) for name in recipe.data.checks}
     return {
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
@@ -61,9 +60,8 @@ def _fetches(recipe: Recipe) -> list[str]:
         found += benchmark.fetches(forget_set, root)
     if recipe.data is not None and not (recipe.evaluate and all(map(is_published, gates))):
         benchmark, forget_set = parse_forget(recipe.data.forget)
-        root = Path(recipe.data.root) if recipe.data.root else None
-        found += benchmark.fetches(forget_set, root, gate=True)
-        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, root, gate=True)]
+        found += benchmark.fetches(forget_set, recipe.root, gate=True)
+        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, recipe.root, gate=True)]
     named = [run.model.name for run in runs] + [recipe.finetune.base if recipe.finetune else None]
     named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
     named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]

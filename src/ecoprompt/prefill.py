@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections import deque
@@ -85,9 +86,10 @@ def _stack(*parts: Tensor) -> Tensor:
     return torch.cat([functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
 
-def parameters(model: Any) -> frozenset[str]:
-    """The names of what the model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
+@functools.cache
+def parameters(kind: Any) -> frozenset[str]:
+    """The names of what the forward of a class of models takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attached: Attached) -> Prefill | None:
@@ -171,7 +173,7 @@ def follow(loaded: Loaded, before: Prefill, ids: Tensor, mask: Tensor) -> Tensor
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, **kept: Any) -> Any:
-    known = parameters(model)
+    known = parameters(type(model))
     given: dict[str, Any] = {name: value for name, value in kept.items() if name in known}
     if "position_ids" in known:
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -138,16 +138,14 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
     return [folder / name for name in texts]
 
 
-def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(rate, low, high): the share of errors and its exact interval (Clopper and Pearson, 1934); NaN of no prompts."""
-    from scipy.stats import beta
+def error_rate(errors: int, prompts: int) -> tuple[float, float, float]:
+    """(rate, low, high): the share of errors and its exact 95 % interval (Clopper and Pearson, 1934); NaN of none."""
+    from scipy.stats import binomtest
 
     if prompts == 0:
         return math.nan, math.nan, math.nan
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, errors, prompts - errors + 1)) if errors else 0.0
-    high = float(beta.ppf(1 - tail, errors + 1, prompts - errors)) if errors < prompts else 1.0
-    return errors / prompts, low, high
+    interval = binomtest(errors, prompts).proportion_ci()
+    return errors / prompts, float(interval.low), float(interval.high)
 
 
 def gate_report(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
