@@ -482,6 +482,7 @@ def test_the_other_tables_fit_too():
     compared = {
         "a": "results/one",
         "b": "results/two",
+        "rows": {"both": 12345, "a_alone": 1234567, "b_alone": 0},
         "better": {"forget_quality_folded": "higher"},
         "runs": {
             "eco": {

@@ -15,10 +15,11 @@ import numpy as np
 from ecoprompt import processes
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
+from ecoprompt.data import Source, told_together
 from ecoprompt.items import Item
 from ecoprompt.lessons import training_cost
 from ecoprompt.models import load_model, locate
-from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.pack import OUTPUT, TrainedGate, is_published, learned_corruption, obtain_gate
 from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
 from ecoprompt.processes import from_main
@@ -59,7 +60,8 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     asks_model = any(benchmark.asks_model for benchmark in _benchmarks(recipe))
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
-    items = _items(recipe)
+    with told_together(lambda: _sources(recipe, runs), recipe.root):
+        items = _items(recipe)
     _check_ready(recipe, items)
     folder = output / recipe.name
     store = Store(folder / STORE)
@@ -223,22 +225,29 @@ def runs_of(recipe: Recipe) -> list[Run]:
     return runs
 
 
-def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
-    """Each [[evaluate]] with its benchmark (of the subsets that are read), the forget set if that benchmark has it, and
-    the data's root.
+def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None]]:
+    """Each [[evaluate]] with its benchmark (of the subsets that are read), and the forget set if that benchmark has it.
 
     Benchmarks of the same data share the names of their forget sets.
     """
-    root = Path(recipe.data.root) if recipe.data and recipe.data.root else None
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark].only(table.subsets)
         known = named is not None and named[0].name in (benchmark.name, benchmark.family.name)
-        yield table, benchmark, named[1] if named and known else None, root
+        yield table, benchmark, named[1] if named and known else None
 
 
 def _benchmarks(recipe: Recipe) -> list[Benchmark]:
-    return [benchmark for _, benchmark, _, _ in tables_of(recipe)]
+    return [benchmark for _, benchmark, _ in tables_of(recipe)]
+
+
+def _sources(recipe: Recipe, runs: Sequence[Run]) -> Iterator[Source]:
+    """Where all rows are read from, and the prompts of gates that are to be trained."""
+    for _, benchmark, forget_set in tables_of(recipe):
+        yield from benchmark.sources(benchmark.subsets.values(), forget_set)
+    if recipe.data is not None and any(run.gate and not is_published(run.gate) for run in runs):
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        yield from benchmark.sources(benchmark.gate_sources().readings(), forget_set)
 
 
 def _items(recipe: Recipe) -> list[Item]:
@@ -246,9 +255,9 @@ def _items(recipe: Recipe) -> list[Item]:
     held_out = recipe.optimize.held_out if recipe.optimize else 0.0
     found = [
         item
-        for table, benchmark, forget_set, root in tables_of(recipe)
+        for table, benchmark, forget_set in tables_of(recipe)
         for subset in benchmark.subsets
-        for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
+        for item in benchmark.items(subset, forget_set, recipe.root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
         raise InputError(f"'optimize.held_out': a share of {held_out} leaves no row of the forget set to evaluate")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoprompt.benchmarks import Benchmark, parse_forget
-from ecoprompt.data import check_columns
+from ecoprompt.data import check_columns, told_together
 from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.recipe import Recipe
@@ -41,10 +41,11 @@ class Lessons:
 def lessons_of(recipe: Recipe, also: Sequence[str] = ()) -> Lessons:
     """What the recipe's forget and retain set teach; the subsets `also` of its benchmark belong to the latter."""
     benchmark, forget_set, training, root = _subject(recipe)
-    forget, retain = (
-        [lesson for texts in part for lesson in _lessons(benchmark, texts, forget_set, root)]
-        for part in (training.forget, training.retain)
-    )
+    parts = (training.forget, training.retain)
+    with told_together(lambda: benchmark.sources([*training.forget, *training.retain], forget_set), root):
+        forget, retain = (
+            [lesson for texts in part for lesson in _lessons(benchmark, texts, forget_set, root)] for part in parts
+        )
     further = [item for subset in also for item in benchmark.items(subset, forget_set, root)]
     return Lessons(forget, retain + [Lesson(item.prompt, item.target) for item in further])
 

@@ -115,11 +115,11 @@ def _retain_run(recipe: Recipe, table: OptimizeTable) -> Run | None:
 
 def held_out(recipe: Recipe, table: OptimizeTable) -> tuple[Benchmark, list[Item]]:
     """The benchmark that has the metric, and the rows of its forget sets that are kept apart for the search."""
-    for entry, benchmark, forget_set, root in tables_of(recipe):
+    for entry, benchmark, forget_set in tables_of(recipe):
         subsets, _ = benchmark.forget_columns().get(table.metric, ([], []))
         if subsets:
             apart: dict[str, Any] = {"seed": recipe.seed, "held_out": table.held_out, "held": True}
-            rows = [benchmark.items(name, forget_set, root, entry.limit_of(name), **apart) for name in subsets]
+            rows = [benchmark.items(name, forget_set, recipe.root, entry.limit_of(name), **apart) for name in subsets]
             if not all(rows):
                 raise InputError(f"'optimize.held_out': a share of {table.held_out} leaves no row to search on")
             return benchmark, [item for some in rows for item in some]
@@ -161,6 +161,8 @@ class Objective:
         table, parameters = self.table, self.corruption.parameters
         dims = dimensions(parameters.get("dims", 1), size)
         low, high = table.bounds or (STRENGTHS if table.parameter == "strength" else (1, size))
+        if table.parameter == "dims" and high > size:
+            raise InputError(f"'optimize.bounds': found {high:g}, expected at most the model's hidden size, {size}")
         self.space = Space(low, high, table.scale, table.parameter == "dims", dims if table.vector else 1)
         self.start = dims if table.parameter == "dims" else parameters["strength"]
         self.target = self._target()

@@ -87,9 +87,9 @@ def _stack(*parts: Tensor) -> Tensor:
 
 
 @functools.cache
-def parameters(kind: Any) -> frozenset[str]:
+def parameters(forward: Callable[..., Any]) -> frozenset[str]:
     """The names of what the forward of a class of models takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attached: Attached) -> Prefill | None:
@@ -173,7 +173,7 @@ def follow(loaded: Loaded, before: Prefill, ids: Tensor, mask: Tensor) -> Tensor
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, **kept: Any) -> Any:
-    known = parameters(type(model))
+    known = parameters(type(model).forward)
     given: dict[str, Any] = {name: value for name, value in kept.items() if name in known}
     if "position_ids" in known:
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

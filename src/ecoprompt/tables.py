@@ -183,7 +183,10 @@ def comparison_tables(compared: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(plain_table(cells, title=f"\n{run}"))
     legend = legend_of(compared, list(compared["better"]))
     tested = "p: paired t-test over the rows that both were asked, for each metric alone"
-    return [*shown, Text("\n".join(filter(None, [legend, tested])), style="table.caption")]
+    rows, apart = compared["rows"], None
+    if rows["a_alone"] or rows["b_alone"]:
+        apart = f"rows asked in both: {rows['both']}, in A alone: {rows['a_alone']}, in B alone: {rows['b_alone']}"
+    return [*shown, Text("\n".join(filter(None, [apart, legend, tested])), style="table.caption")]
 
 
 def search_table(evaluations: Sequence[Evaluation], best: Evaluation, metric: str, target: float) -> Table:
