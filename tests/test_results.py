@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers.models import WordLevel
 
 from ecoprompt import cli, results
+from ecoprompt.files import writing
 from ecoprompt.results import (
     FORMATS,
     Store,
@@ -34,7 +35,6 @@ from ecoprompt.results import (
     to_json,
     write_results,
     write_text_atomic,
-    writing,
 )
 from ecoprompt.tables import comparison_tables, cost_tables, gate_table, side_by_side, table
 
@@ -327,7 +327,7 @@ def test_a_narrow_terminal_folds_names_but_cuts_no_number():
 
 
 def test_the_columns_of_the_table_can_be_chosen():
-    text = shown(table(SUMMARY, ["retain_truth_ratio"]))
+    text = shown(table({**SUMMARY, "columns": ["retain_truth_ratio"]}))
     assert "nan" in text
     assert "quality" not in text
     assert "↓ lower is better" in text
@@ -349,7 +349,6 @@ def test_answers_stand_side_by_side():
     assert first == ["prompt", "true", "original", "eco[corruption.strength=5]"] * 2
     for part in ("true answer", "Blue [red]", "In Oslo.", "No idea.", "(nothing)", "eco[corruption.strength=5]"):
         assert part in text
-    assert "true answer" not in shown(side_by_side(["What colour?"], answers))
 
 
 def test_all_files_are_written(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
+from ecoprompt.checkpoints import checkpoints_of, save_model, trained_before
 from ecoprompt.data import Source, check_columns, load_rows
 from ecoprompt.files import read_text
 from ecoprompt.finetune import to_train
@@ -67,7 +67,6 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     trained = run_trainer(model, pairs, pairs.batch, table, recipe.seed, what, progress, checkpoints, loss)
     about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings, "plugins": plugins}
     save_model(model, loaded.tokenizer, folder, table, about, trained.weights)
-    drop_checkpoints(folder)
     return folder, about
 
 

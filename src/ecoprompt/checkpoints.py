@@ -53,7 +53,8 @@ def checkpoints_of(folder: Path, how: str) -> Path:
     """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
     wanted = _place(folder, how)
     with processes.main_first():
-        drop_checkpoints(folder, but=wanted)
+        if processes.is_main():
+            _drop_checkpoints(folder, but=wanted)
         wanted.mkdir(parents=True, exist_ok=True)
     return wanted
 
@@ -62,9 +63,9 @@ def _place(folder: Path, how: str) -> Path:
     return folder.with_name(f".{folder.name}-{how}")
 
 
-def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints that the model `folder` was trained through; the main process does."""
-    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16) if processes.is_main() else ():
+def _drop_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that the model `folder` was trained through."""
+    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16):
         if place != but:
             shutil.rmtree(place)
 
@@ -77,7 +78,7 @@ def save_model(
     about: Mapping[str, Any],
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`.
+    """Write a trained model with its tokenizer, whole or not at all, in place of `folder`; its checkpoints go.
 
     `weights` are those of a model that is spread over processes, of which the main one writes.
     """
@@ -101,6 +102,7 @@ def save_model(
         os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+    _drop_checkpoints(folder)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,8 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
     problems = []
     method, parameter = given(corruption, "method", str), given(table, "parameter", str) or "strength"
     vector, bounds = given(table, "vector", bool), given(table, "bounds", list)
-    if method in corruptions and parameter not in (takes := corruptions.schema(method).model_fields):
+    takes = corruptions.schema(method).model_fields if method in corruptions else {}
+    if method in corruptions and parameter not in takes:
         problems.append(f"'optimize.parameter': '{method}' has no '{parameter}'; {nearest(parameter, takes)}")
     if vector and parameter != "strength":
         problems.append("'optimize.vector': only a strength can be one for each dimension")
@@ -138,22 +139,16 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
     elif len(limits) == 2 and _numbers([*limits, *inside]) and not all(limits[0] <= one <= limits[1] for one in inside):
         found = f"found {show(start)}, where a search from {limits[0]} to {limits[1]} cannot start"
         problems.append(f"'corruption.{parameter}': {found}")
-    elif method in corruptions and parameter == "strength" and _numbers(limits):
-        problems += _beyond(method, corruption, limits)
     if len(bounds) == 2 and _numbers(bounds) and not 0 < bounds[0] < bounds[1]:
         problems.append(f"'optimize.bounds': found {show(bounds)}, expected two numbers above 0, the smaller first")
+    elif parameter == "strength" and parameter in takes and _numbers(limits):
+        others = {key: value for key, value in corruption.items() if key != "method"}
+        for bound in limits:
+            try:
+                corruptions.bind(method, others | {"strength": bound}, "optimize.bounds")
+            except InputError as error:
+                problems += [one for one in error.problems if one.startswith("'optimize.bounds.strength'")]
     return problems
-
-
-def _beyond(method: str, corruption: Mapping[str, Any], bounds: Iterable[object]) -> Iterator[str]:
-    """What is wrong with the bounds of a strength that the corruption itself would not take."""
-    others = {key: value for key, value in corruption.items() if key != "method"}
-    for bound in bounds:
-        try:
-            corruptions.bind(method, others | {"strength": bound}, "optimize")
-        except InputError as error:
-            key = "'optimize.strength'"
-            yield from (one.replace(key, "'optimize.bounds'") for one in error.problems if one.startswith(key))
 
 
 def _numbers(values: Iterable[object]) -> bool:

@@ -33,6 +33,8 @@ from ecoprompt.sweep import key_path
 ORIGINAL = "original"
 """The run that a guard's harm is measured against."""
 STORE = "scores.jsonl"
+Done = dict[str, tuple[list[Asked], float]]
+"""By run the rows that were asked, and the seconds that computing them took."""
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
 
@@ -65,31 +67,33 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     _check_ready(recipe, items)
     folder = output / recipe.name
     store = Store(folder / STORE)
-    gates = {
-        digest(run.gate, run.seed): obtain_gate(recipe, run.gate, run.seed or 0, output, progress)
-        for run in runs
-        if run.gate is not None
-    }
-    done: dict[str, tuple[list[Asked], float, dict[str, Any] | None]] = {}
+    gates = _gates(recipe, runs, output, progress)
+    done: Done = {}
     claimed: set[str] = set()
     for run in runs if not asks_model else ():
-        gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-        asked, seconds = judge(recipe, run, gate, items, _named(progress, run.name))
-        done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+        done[run.name] = judge(recipe, run, gates[run.name], items, _named(progress, run.name))
     for group in _by_model(runs) if asks_model else ():
         asking = Asking(load_model(group[0].model), recipe, items, store, claimed)
         for run in group:
-            gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-            asked, seconds = asking.ask(run, gate, _named(progress, run.name))
-            done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+            done[run.name] = asking.ask(run, gates[run.name], _named(progress, run.name))
         del asking
         gc.collect()
     if any(map(rereads, items)):
         reader = load_model(recipe.model)
-        for name, (asked, seconds, report) in done.items():
-            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds, report
-    found = _conclude(recipe, runs, done, store, folder)
+        for name, (asked, seconds) in done.items():
+            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds
+    found = _conclude(recipe, runs, done, gates, store, folder)
     return replace(found, notes=[*notes, *_missed(found.summary)])
+
+
+def _gates(recipe: Recipe, runs: Sequence[Run], output: Path, progress: Progress) -> dict[str, TrainedGate | None]:
+    """The gate of each run, by the run's name; one that several runs have is obtained once."""
+    obtained: dict[str, TrainedGate] = {}
+    for run in runs:
+        name = digest(run.gate, run.seed)
+        if run.gate is not None and name not in obtained:
+            obtained[name] = obtain_gate(recipe, run.gate, run.seed or 0, output, progress)
+    return {run.name: obtained.get(digest(run.gate, run.seed)) for run in runs}
 
 
 def _missed(summary: Mapping[str, Any]) -> list[str]:
@@ -148,7 +152,8 @@ def _takes_corruption(recipe: Recipe, run: Run) -> bool:
 def _conclude(
     recipe: Recipe,
     runs: Sequence[Run],
-    done: Mapping[str, tuple[list[Asked], float, dict[str, Any] | None]],
+    done: Done,
+    gates: Mapping[str, TrainedGate | None],
     store: Store,
     folder: Path,
 ) -> Evaluated:
@@ -163,7 +168,8 @@ def _conclude(
     averages = {name: of for benchmark in tables for name, of in benchmark.averages().items()}
     entries: dict[str, Any] = {}
     for run in runs:
-        _, seconds, gate = done[run.name]
+        asked, seconds = done[run.name]
+        gate = gates[run.name]
         entries[run.name] = {
             "base": run.base,
             "point": run.point,
@@ -171,7 +177,7 @@ def _conclude(
             "errors": errors(columns.get(run.name, {}), averages),
             "paired": differences(columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run, runs)), averages),
             "seconds": seconds,
-            "gate": gate,
+            "gate": _gate_report(asked, gate) if gate else None,
             "model": run.model.name,
             **training_cost(run.model.name),
         }

@@ -178,6 +178,19 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write that is on the disk at the end, after closing one that a killed process left torn."""
+    with writing(path), path.open("ab+", buffering=0) as file:
+        owed = ""
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            owed = "" if file.read(1) == b"\n" else "\n"
+        left = memoryview(f"{owed}{line}\n".encode())
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, whole, whenever the writer is killed.
 

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
+from ecoprompt.checkpoints import checkpoints_of, save_model, trained_before
 from ecoprompt.learning import FinetuneTable
 from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
@@ -67,7 +67,6 @@ def _make(
     )
     about = {"digest": how, "examples": len(examples), **trained.about(), "settings": settings}
     save_model(model, start.tokenizer, folder, table, about, trained.weights)
-    drop_checkpoints(folder)
     return about
 
 

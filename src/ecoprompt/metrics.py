@@ -83,7 +83,7 @@ def asks_model(name: str) -> bool:
     return any(part not in ("target", "place", "flagged") for part in reads(name))
 
 
-def _exp(exponent: float) -> float:
+def exp(exponent: float) -> float:
     """exp, with infinity where a float overflows."""
     try:
         return math.exp(exponent)
@@ -95,7 +95,7 @@ def _exp(exponent: float) -> float:
 @direction("higher")
 def answer_probability(answer: LogProb) -> float:
     """Geometric mean of the answer's token probabilities, in [0, 1] (TOFU, section 2.2)."""
-    return _exp(answer.mean)
+    return exp(answer.mean)
 
 
 @metrics.register
@@ -105,7 +105,7 @@ def normalized_probability(answer: LogProb, alternatives: Sequence[LogProb]) -> 
 
     Computed from differences of logarithms, so that it stays defined where every probability underflows.
     """
-    return 1 / (1 + math.fsum(_exp(other.mean - answer.mean) for other in alternatives))
+    return 1 / (1 + math.fsum(exp(other.mean - answer.mean) for other in alternatives))
 
 
 @metrics.register
@@ -148,7 +148,7 @@ def truth_ratio(reference: LogProb, alternatives: Sequence[LogProb]) -> float:
     Below 1 the model prefers the right answer. The mean is taken over log-probabilities, as in TOFU's published code;
     the paper's formula averages the probabilities themselves.
     """
-    return _exp(math.fsum(other.mean for other in alternatives) / len(alternatives) - reference.mean)
+    return exp(math.fsum(other.mean for other in alternatives) / len(alternatives) - reference.mean)
 
 
 @metrics.register
