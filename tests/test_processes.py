@@ -226,7 +226,9 @@ def test_the_last_batches_are_filled_with_nothing():
 
 def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
     from ecoprompt.files import write_text_atomic
+    from ecoprompt.optimize import draw
     from ecoprompt.plots import write_plots
+    from ecoprompt.recipe import Recipe
     from ecoprompt.report import write_report
     from ecoprompt.results import Store
 
@@ -241,6 +243,7 @@ def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("ecoprompt.report.page", None)
     assert write_plots(tmp_path, {}) == []
     write_report(tmp_path, {}, [])
+    draw(Recipe(name="toy"), None, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patched:
         for name in ("stdout", "stderr"):

@@ -221,10 +221,8 @@ OPEN: dict[str, tuple[str, Registry, type[BaseModel]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run, resolved: everything that determines its results besides the data.
-
-    `base` is its name in the recipe; `point` are the values in words, by key, of a sweep that changes it.
-    """
+    """One run, resolved: what determines its results besides the data; `base` is its name in the recipe, and `point`
+    the values in words, by key, of a sweep that changes it."""
 
     base: str
     model: ModelTable
