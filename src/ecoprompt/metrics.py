@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from ecoprompt.probe import probed
-from ecoprompt.registry import aggregates, metrics
+from ecoprompt.registry import aggregates, inputs_of, metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,8 +73,7 @@ def direction(
 
 def reads(name: str) -> tuple[str, ...]:
     """What row metric `name` reads of a row, among ROW_INPUTS, in the order of its parameters."""
-    parameters = inspect.signature(metrics[name]).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY)
+    return inputs_of(metrics[name])
 
 
 def asks_model(name: str) -> bool:
