@@ -86,9 +86,14 @@ def _stack(*parts: Tensor) -> Tensor:
     return torch.cat([functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
 
+def parameters(model: Any) -> frozenset[str]:
+    """The names of what the model's forward takes: its class's, looked at once, or what was put in its place."""
+    replaced = vars(model).get("forward")
+    return _parameters(type(model).forward) if replaced is None else frozenset(inspect.signature(replaced).parameters)
+
+
 @functools.cache
-def parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    """The names of what the forward of a class of models takes."""
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
@@ -173,7 +178,7 @@ def follow(loaded: Loaded, before: Prefill, ids: Tensor, mask: Tensor) -> Tensor
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, **kept: Any) -> Any:
-    known = parameters(type(model).forward)
+    known = parameters(model)
     given: dict[str, Any] = {name: value for name, value in kept.items() if name in known}
     if "position_ids" in known:
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

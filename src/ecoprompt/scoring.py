@@ -295,7 +295,7 @@ def _after_their_own(loaded: Loaded, guard: Guard | None, pairs: Sequence[Pair],
             ids, mask = pad(loaded, [head + tail for head, tail in zip(heads, tails, strict=True)], left=False)
             first = min(map(len, heads)) - 1  # logits at position t are of the token at t + 1
             kept: dict[str, Any] = {}
-            if "logits_to_keep" in parameters(type(loaded.model).forward):
+            if "logits_to_keep" in parameters(loaded.model):
                 kept["logits_to_keep"] = torch.arange(first, ids.shape[1] - 1, device=ids.device)
             with guard.prompt_lengths(list(map(len, heads))) if guard else nullcontext():
                 logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
