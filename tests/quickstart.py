@@ -233,7 +233,6 @@ def build(folder: Path, seed: int = 0, progress: Progress = quiet, passes: int =
         model = make_model(tokenizer, seed)
         train_causal_lm(
             model,
-            tokenizer,
             list(conversations(rows, tokenizer, passes, seed)),
             Course(epochs=1, batch_size=32, learning_rate=3e-3, warmup=0.05, by_length=True),
             seed=seed,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_rel
 
 from ecoprompt.compare import compare
 from ecoprompt.registry import InputError
+from ecoprompt.tables import comparison_tables
 
 
 def write(folder, values, run="eco", metrics=None, prompt="Q{}"):
@@ -48,12 +51,23 @@ def test_rows_are_paired_by_what_was_asked_and_tested(tmp_path):
     assert found["runs"]["eco"]["quality"] == {"a": 0.25, "b": 0.75, "difference": 0.5, **untested}
     assert found["runs"]["eco"]["lost"] == {"a": None, "b": 0.5, "difference": None, **untested}
     assert "alone" not in found["runs"]["eco"]
+    assert found["rows"] == {"both": 4, "a_alone": 0, "b_alone": 1}
 
 
-def test_rows_that_were_asked_otherwise_are_no_pair(tmp_path):
+def test_results_without_a_common_row_are_refused(tmp_path):
     a = write(tmp_path / "a", {0: 0.0, 1: 1.0})
     b = write(tmp_path / "b", {0: 1.0, 1: 1.0}, prompt="Q{}?")
-    assert compare(a, b, tmp_path)["runs"]["eco"]["s_m"]["rows"] is None
+    with pytest.raises(InputError, match="share no row"):
+        compare(a, b, tmp_path)
+
+
+def test_rows_of_one_side_alone_are_told_of(tmp_path):
+    a, b = write(tmp_path / "a", {0: 0.0, 1: 1.0, 2: 1.0}), write(tmp_path / "b", {1: 1.0, 2: 0.5})
+    console = Console(width=80, file=io.StringIO())
+    console.print(*comparison_tables(compare(a, b, tmp_path)))
+    assert "rows asked in both: 2, in A alone: 1, in B alone: 0" in console.file.getvalue()
+    console.print(*comparison_tables(compare(a, a, tmp_path)))
+    assert console.file.getvalue().count("alone: ") == 2
 
 
 def test_a_value_that_is_none_leaves_no_test(tmp_path):

@@ -20,6 +20,7 @@ from ecoprompt.data import (
     local_file,
     sample,
     split,
+    told_together,
 )
 from ecoprompt.registry import EcopromptError, InputError
 from ecoprompt.template import fill, template_names
@@ -250,6 +251,19 @@ def test_what_the_hub_does_not_give_is_named_with_how_to_get_it(monkeypatch, tmp
         assert part in message
     assert "[data] root" in message
     assert "did you mean 'forget10'?" in message
+
+
+def test_all_that_is_not_here_is_told_with_the_first(tmp_path):
+    put(tmp_path / "set" / "b.jsonl", lines(ROWS))
+    sources = [Source("a/set", config) for config in "abcc"]
+    with pytest.raises(EcopromptError) as error, told_together(lambda: sources, tmp_path):
+        raise EcopromptError("a is not here")
+    assert str(error.value).splitlines() == [
+        "a is not here",
+        "No local file holds any of what is read: a/set, a, train; a/set, c, train.",
+    ]
+    with pytest.raises(EcopromptError, match="^alone$"), told_together(lambda: sources[:2], tmp_path):
+        raise EcopromptError("alone")
 
 
 @pytest.mark.parametrize("with_root", [True, False])

@@ -17,6 +17,7 @@ from ecoprompt import scoring
 from ecoprompt.benchmarks import declare
 from ecoprompt.evaluate import STORE, _missed, _tradeoff, evaluate
 from ecoprompt.metrics import rouge_l_recall
+from ecoprompt.pack import obtain_gate
 from ecoprompt.planning import plan
 from ecoprompt.recipe import ModelTable, load_recipe
 from ecoprompt.registry import InputError, benchmarks
@@ -366,8 +367,10 @@ def test_a_second_evaluation_computes_nothing(whole, monkeypatch):
 def test_a_sweep_computes_the_flagged_rows_again_and_no_others(whole, root, tmp_path, monkeypatch):
     _, found, folder = whole
     shutil.copytree(folder / "toy", tmp_path / "toy")
-    computed = spy(monkeypatch)
+    computed, obtained = spy(monkeypatch), []
+    monkeypatch.setattr("ecoprompt.evaluate.obtain_gate", lambda *given: obtained.append(given) or obtain_gate(*given))
     swept = evaluate(read(root, tmp_path, more='[sweep]\n"corruption.strength" = [20.0, 30.0]\n'), tmp_path)
+    assert len(obtained) == 1  # of a gate that both have
     assert list(swept.summary["runs"]) == [
         "retain",
         "original",

@@ -205,11 +205,6 @@ def test_forget_quality_agrees_with_scipy_and_ignores_order():
     assert module.forget_quality(ratios(*ours[::-1]), ratios(*theirs)) == expected
 
 
-def test_forget_quality_is_exact_for_two_rows_a_side():
-    # C(4, 2) = 6 orders of two and two, of which 2 separate the sides.
-    assert module.forget_quality(ratios(1, 2), ratios(3, 4)) == pytest.approx(1 / 3)
-
-
 def test_the_ks_statistic_is_the_largest_distance_of_both_distributions():
     """By hand: at 2, three quarters of one sample lie below and a quarter of the other."""
     ours, theirs = ratios(0.5, 1.0, 2.0, 9.0), ratios(2.0, 3.0, 4.0, 5.0)

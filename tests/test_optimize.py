@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from typing import Annotated
 
 import numpy as np
 import pytest
+from pydantic import Field
 from typer.testing import CliRunner
 
 from ecoprompt import optimize as module
@@ -21,7 +23,7 @@ from ecoprompt.optimize import Objective, draw, held_out, optimize, search_of
 from ecoprompt.pack import learned_corruption, load_pack, obtain_gate, train_classifier
 from ecoprompt.planning import plan
 from ecoprompt.recipe import load_recipe
-from ecoprompt.registry import InputError
+from ecoprompt.registry import InputError, corruptions, quiet
 from ecoprompt.results import Store
 
 NAME = "quickstart-search"
@@ -264,6 +266,21 @@ def test_what_makes_no_sense_is_refused_in_one_line(overrides, told):
     with pytest.raises(InputError) as error:
         read(*overrides)
     assert told in str(error.value)
+
+
+def test_bounds_beyond_what_a_corruption_takes_are_refused(monkeypatch, tmp_path):
+    def faint(embeddings, generator, *, strength: Annotated[float, Field(gt=0, le=1)] = 0.5): ...
+
+    monkeypatch.setattr(corruptions, "_items", {**corruptions._items, "faint": faint})
+    with pytest.raises(InputError, match="'optimize.bounds.strength': found 1000.0, expected a number of at most 1"):
+        read("corruption={ method = 'faint' }")
+    read("corruption={ method = 'faint', strength = 0.5 }", "optimize.bounds=[0.1, 1.0]")
+    wide = read(
+        "corruption={ method = 'zero_out_top_k', dims = 3 }", "optimize.parameter=dims", "optimize.bounds=[1, 999]"
+    )
+    objective = Objective(wide, wide.optimize, wide.corruption, Store(tmp_path / "scores"))
+    with pytest.raises(InputError, match="'optimize.bounds': found 999, expected at most the model's hidden size, "):
+        objective.attach(None, quiet)
 
 
 def test_a_recipe_without_a_search_is_refused(tmp_path):

@@ -51,20 +51,6 @@ def test_the_published_classifiers_are_declared():
     assert benchmarks["tofu"].forget_set("forget10").published == {"chrisliu298/tofu_forget10_classifier": 0.9999}
 
 
-def binomial_tail(n, k, p):
-    """The probability of at least `k` errors of `n`."""
-    return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
-
-
-@pytest.mark.parametrize(("errors", "prompts"), [(1, 10), (3, 40), (7, 9), (20, 400)])
-def test_an_interval_ends_where_its_errors_become_improbable(errors, prompts):
-    """Clopper and Pearson: at the low end that many errors or more, at the high end that many or fewer, have 2.5 %."""
-    rate, low, high = error_rate(errors, prompts)
-    assert rate == errors / prompts
-    assert binomial_tail(prompts, errors, low) == pytest.approx(0.025, rel=1e-6)
-    assert 1 - binomial_tail(prompts, errors + 1, high) == pytest.approx(0.025, rel=1e-6)
-
-
 @pytest.mark.parametrize("prompts", [1, 40, 3960])
 def test_intervals_without_errors_and_of_errors_alone(prompts):
     assert error_rate(0, prompts) == (0.0, 0.0, pytest.approx(1 - 0.025 ** (1 / prompts)))

@@ -15,9 +15,11 @@ pytest.importorskip("matplotlib")
 
 def swept(*pairs, **others):
     """A summary with (strength, forget, utility) as the points of a sweep, and (forget, utility) of other runs."""
-    runs = others | {f"eco[corruption.strength={strength}]": (forget, kept) for strength, forget, kept in pairs}
-    metrics = {name: {"metrics": {"forget": forget, "kept": kept}} for name, (forget, kept) in runs.items()}
-    return {"runs": metrics, "better": {"forget": "closer to retain", "kept": "higher"}}
+    runs = {name: {"metrics": {"forget": forget, "kept": kept}} for name, (forget, kept) in others.items()}
+    for strength, forget, kept in pairs:
+        point = {"base": "eco", "point": {"corruption.strength": str(strength)}}
+        runs[f"eco at {strength}"] = point | {"metrics": {"forget": forget, "kept": kept}}
+    return {"runs": runs, "better": {"forget": "closer to retain", "kept": "higher"}}
 
 
 def data(line):
@@ -30,14 +32,15 @@ def drawn(axes):
 
 
 def test_runs_are_on_lines_by_what_is_swept():
-    runs = ["retain", "eco[corruption.strength=5,seed=1]", "eco[corruption.strength=7,seed=1]"]
-    runs += ["eco[corruption=zero_out_top_k dims=25%]", "eco[corruption=zero_out_top_k dims=2]", "eco[model=a=b]"]
+    points = [{"corruption.strength": "5", "seed": "1"}, {"corruption.strength": "7", "seed": "1"}]
+    points += [{"corruption": f"zero_out_top_k dims={dims}"} for dims in ("25%", "2")] + [{"model": "a,b[=c]"}]
+    runs = {"retain": {}} | {str(point): {"base": "eco", "point": point} for point in points}
     found = [(line.name, line.key, len(line.runs), line.values) for line in lines_of(runs)]
     assert found == [
         ("retain", None, 1, [""]),
         ("eco: 1", "corruption.strength", 2, ["5", "7"]),
         ("eco: zero_out_top_k", None, 2, ["", ""]),
-        ("eco: a=b", None, 1, [""]),
+        ("eco: a,b[=c]", None, 1, [""]),
     ]
 
 
@@ -62,6 +65,7 @@ def test_a_curve_is_drawn_in_the_order_of_its_numbers_on_the_axis_that_suits_the
     _, forget, kept = figure.axes
     assert drawn(kept)[-1] == [(3, 3.0), (4, 12.0)]
     assert (forget.get_xscale(), forget.get_yscale(), kept.get_yscale()) == ("linear", "log", "linear")
+    assert kept.get_ylim()[1] > 12
 
 
 def test_the_columns_are_those_that_the_summary_names():

@@ -18,6 +18,7 @@ from torch.utils.data import SequentialSampler
 
 import ecoprompt
 from ecoprompt import processes, terminal
+from ecoprompt.checkpoints import newest
 from ecoprompt.own import declare_own
 from ecoprompt.registry import InputError
 
@@ -225,6 +226,10 @@ def test_the_last_batches_are_filled_with_nothing():
 
 def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
     from ecoprompt.files import write_text_atomic
+    from ecoprompt.optimize import draw
+    from ecoprompt.plots import write_plots
+    from ecoprompt.recipe import Recipe
+    from ecoprompt.report import write_report
     from ecoprompt.results import Store
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -234,6 +239,11 @@ def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
     store.put_many([("a", 1)])
     write_text_atomic(tmp_path / "file", "text")
     assert store.get("a") == 1
+    monkeypatch.setattr("ecoprompt.plots.draw", None)
+    monkeypatch.setattr("ecoprompt.report.page", None)
+    assert write_plots(tmp_path, {}) == []
+    write_report(tmp_path, {}, [])
+    draw(Recipe(name="toy"), None, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patched:
         for name in ("stdout", "stderr"):
@@ -242,6 +252,17 @@ def test_only_the_main_process_writes_and_talks(monkeypatch, tmp_path, capsys):
         print("nothing")
         sys.stdout.close()
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_without_every_process_s_part_is_removed(monkeypatch, tmp_path):
+    for step, ranks in ((1, (0, 1)), (2, (0,))):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", *(f"rng_state_{rank}.pth" for rank in ranks)):
+            (folder / name).write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert newest(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_a_lost_process_is_known_by_its_error(monkeypatch):

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers.models import WordLevel
 
 from ecoprompt import cli, results
+from ecoprompt.files import writing
 from ecoprompt.results import (
     FORMATS,
     Store,
@@ -33,7 +35,6 @@ from ecoprompt.results import (
     to_json,
     write_results,
     write_text_atomic,
-    writing,
 )
 from ecoprompt.tables import comparison_tables, cost_tables, gate_table, side_by_side, table
 
@@ -261,6 +262,17 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
 
+def test_what_a_killed_process_left_half_written_goes_with_the_next_writing(tmp_path):
+    path, long_ago = tmp_path / "a[1].txt", time.time() - 3600
+    left, fresh, other = (tmp_path / name for name in (".a[1].txt.17", ".a[1].txt.18", ".a[1].txt.old"))
+    for file in (left, fresh, other):
+        file.write_text("half")
+    for file in (left, other):
+        os.utime(file, (long_ago, long_ago))
+    write_text_atomic(path, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -315,7 +327,7 @@ def test_a_narrow_terminal_folds_names_but_cuts_no_number():
 
 
 def test_the_columns_of_the_table_can_be_chosen():
-    text = shown(table(SUMMARY, ["retain_truth_ratio"]))
+    text = shown(table({**SUMMARY, "columns": ["retain_truth_ratio"]}))
     assert "nan" in text
     assert "quality" not in text
     assert "↓ lower is better" in text
@@ -337,7 +349,6 @@ def test_answers_stand_side_by_side():
     assert first == ["prompt", "true", "original", "eco[corruption.strength=5]"] * 2
     for part in ("true answer", "Blue [red]", "In Oslo.", "No idea.", "(nothing)", "eco[corruption.strength=5]"):
         assert part in text
-    assert "true answer" not in shown(side_by_side(["What colour?"], answers))
 
 
 def test_all_files_are_written(tmp_path):
@@ -470,6 +481,7 @@ def test_the_other_tables_fit_too():
     compared = {
         "a": "results/one",
         "b": "results/two",
+        "rows": {"both": 12345, "a_alone": 1234567, "b_alone": 0},
         "better": {"forget_quality_folded": "higher"},
         "runs": {
             "eco": {

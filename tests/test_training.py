@@ -33,7 +33,7 @@ def test_the_loss_is_over_the_completion_or_over_all() -> None:
 
 
 def test_padding_is_neither_attended_to_nor_learnt() -> None:
-    batch = collate([EXAMPLES[0], Example((5, 6), (5, 6))], pad=0)
+    batch = collate([EXAMPLES[0], Example((5, 6), (5, 6))])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist()[1] == [5, 6, IGNORED, IGNORED, IGNORED]
@@ -48,7 +48,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(tokenizer: PreTr
             scores = model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
             learnt = [at for at, label in enumerate(one.labels) if label != IGNORED]
             expected += [-scores[at - 1, one.ids[at]].item() for at in learnt]
-    first = train_causal_lm(model, tokenizer, examples, Course(epochs=1, batch_size=2)).losses[0]
+    first = train_causal_lm(model, examples, Course(epochs=1, batch_size=2)).losses[0]
     assert first == pytest.approx(sum(expected) / 4, abs=1e-3)
 
 
@@ -56,7 +56,6 @@ def test_training_lowers_the_loss_and_reports_each_step(tokenizer: PreTrainedTok
     seen = []
     trained = train_causal_lm(
         tiny(tokenizer),
-        tokenizer,
         EXAMPLES * 4,
         Course(epochs=10, batch_size=4, learning_rate=1e-2),
         what="a test",
@@ -73,7 +72,7 @@ def test_training_lowers_the_loss_and_reports_each_step(tokenizer: PreTrainedTok
 
 def test_second_order_lowers_the_loss_too(tokenizer: PreTrainedTokenizerFast) -> None:
     course = Course(epochs=10, batch_size=4, learning_rate=3e-3, optimizer="sophia", weight_decay=0.0)
-    losses = train_causal_lm(tiny(tokenizer), tokenizer, EXAMPLES * 4, course).losses
+    losses = train_causal_lm(tiny(tokenizer), EXAMPLES * 4, course).losses
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -82,13 +81,13 @@ def test_second_order_is_refused_where_a_step_s_gradients_are_not_at_hand(tokeni
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="'sophia' is for whole models"):
-        train_causal_lm(tiny(tokenizer), tokenizer, EXAMPLES, Course(optimizer="sophia", accumulation=2))
+        train_causal_lm(tiny(tokenizer), EXAMPLES, Course(optimizer="sophia", accumulation=2))
 
 
 def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = tiny(tokenizer)
-        train_causal_lm(model, tokenizer, EXAMPLES * 4, Course(epochs=2, learning_rate=1e-2, by_length=True), seed=seed)
+        train_causal_lm(model, EXAMPLES * 4, Course(epochs=2, learning_rate=1e-2, by_length=True), seed=seed)
         return model.get_input_embeddings().weight.detach()
 
     assert torch.equal(weights(1), weights(1))
@@ -97,4 +96,4 @@ def test_the_same_seed_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast
 
 def test_nothing_to_learn_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="no token to learn in 1 examples"):
-        train_causal_lm(tiny(tokenizer), tokenizer, [Example((5, 6), (IGNORED, IGNORED))], Course())
+        train_causal_lm(tiny(tokenizer), [Example((5, 6), (IGNORED, IGNORED))], Course())

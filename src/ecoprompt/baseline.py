@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
+from ecoprompt.checkpoints import checkpoints_of, save_model, trained_before
 from ecoprompt.data import Source, check_columns, load_rows
 from ecoprompt.files import read_text
-from ecoprompt.finetune import to_train
 from ecoprompt.learning import BaselineTable
 from ecoprompt.lessons import Lesson, Lessons, baseline_table, lessons_of, most_tokens
 from ecoprompt.losses import Method, Scored
@@ -29,8 +28,8 @@ from ecoprompt.training import (
     Step,
     collate,
     encode_lesson,
-    padding,
     run_trainer,
+    to_train,
     with_adapters,
 )
 
@@ -67,7 +66,6 @@ def baseline(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     trained = run_trainer(model, pairs, pairs.batch, table, recipe.seed, what, progress, checkpoints, loss)
     about = {"loss": table.loss, "digest": how, **trained.about(), "settings": settings, "plugins": plugins}
     save_model(model, loaded.tokenizer, folder, table, about, trained.weights)
-    drop_checkpoints(folder)
     return folder, about
 
 
@@ -103,7 +101,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
         most: int,
         seed: int,
     ) -> None:
-        self.method, self.seed, self.pad = method, seed, padding(loaded.tokenizer)
+        self.method, self.seed = method, seed
         self.refusals, self.own_refusals = refusals, table.idk is not None and not table.idk.endswith(".txt")
         self.encode: Callable[[Lesson], list[Example]] = lambda one: encode_lesson(loaded.tokenizer, one, table, most)
         self.forget = [(at, one) for at, lesson in enumerate(lessons.forget) for one in self.encode(lesson)]
@@ -136,7 +134,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
         """The rows' examples by name, each [B, T] of its own length."""
-        return {name: collate([row[name] for row in rows], self.pad) for name in self.names()}
+        return {name: collate([row[name] for row in rows]) for name in self.names()}
 
 
 def loss_of(method: Method, table: BaselineTable, loaded: Loaded, seed: int) -> Loss:

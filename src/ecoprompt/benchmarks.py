@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,7 +220,7 @@ class Benchmark(Choosing, Named):
 
     def gate_texts(self, forget: Forget, root: Path | None = None) -> GateData:
         """The prompts that train a gate for `forget`, and those that test it, none of which it is trained on."""
-        gate = self._gate()
+        gate = self.gate_sources()
         if not gate.positive or not gate.negative:
             raise InputError(
                 f"benchmark '{self.name}' only tests gates: its [gate] table has no 'positive', 'negative'"
@@ -233,7 +233,7 @@ class Benchmark(Choosing, Named):
 
     def gate_checks(self, forget: Forget, root: Path | None = None) -> dict[str, tuple[list[str], int]]:
         """The prompts that test a gate, by the name of their set, each with its label."""
-        checks = self._gate().checks
+        checks = self.gate_sources().checks
         return {name: (self._texts(check, forget, root), check.label) for name, check in checks.items()}
 
     def dry_rows(self, forget: Forget, root: Path | None = None) -> dict[str, int | None]:
@@ -242,7 +242,7 @@ class Benchmark(Choosing, Named):
 
     def dry_gate_rows(self, forget: Forget, root: Path | None = None) -> dict[str, int | None]:
         """How many prompts train (`positive`, `negative`) and test a gate, as `count` tells."""
-        gate = self._gate()
+        gate = self.gate_sources()
         counts: dict[str, int | None] = {}
         for name, sources in (("positive", gate.positive), ("negative", gate.negative)):
             if sources:
@@ -251,17 +251,22 @@ class Benchmark(Choosing, Named):
 
     def gate_hubs(self) -> list[str]:
         """The Hub data sets that train and test a gate."""
-        named = (one.hub if _elsewhere(one) else self.hub for one in self._gate().readings())
+        named = (one.hub if _elsewhere(one) else self.hub for one in self.gate_sources().readings())
         return sorted({name for name in named if name})
 
     def fetches(self, forget: Forget, root: Path | None, gate: bool = False) -> list[str]:
         """The Hub data sets that its rows, or else its gate's prompts, are read from, and the local files that are not
         there; nothing of what is local."""
-        readings = self._gate().readings() if gate else self.subsets.values()
-        sources = [source for one in readings if not local_file(source := self._source(one, forget), root)]
+        readings = self.gate_sources().readings() if gate else self.subsets.values()
+        sources = [one for one in self.sources(readings, forget) if not local_file(one, root)]
         return list(dict.fromkeys(source.hub or f"{source.local} (a file of your own)" for source in sources))
 
-    def _gate(self) -> GateSources:
+    def sources(self, readings: Iterable[Reading], forget: Forget) -> list[Source]:
+        """Where `readings` are read from."""
+        return [self._source(one, forget) for one in readings]
+
+    def gate_sources(self) -> GateSources:
+        """Which prompts train a gate and test it; raises InputError where that is not said."""
         if self.gate is None:
             raise InputError(f"benchmark '{self.name}' does not say which prompts train a gate (no [gate] table)")
         return self.gate

@@ -27,14 +27,13 @@ def newest(folder: Path | None) -> str | None:
     if folder is None:
         return None
     found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    ranks = range(processes.count()) if processes.count() > 1 else ()
     for path in reversed(found):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())  # which the main process writes last
-            others = range(processes.count()) if processes.count() > 1 else ()
-            if all((path / f"rng_state_{rank}.pth").exists() for rank in others):
+            if all((path / f"rng_state_{rank}.pth").exists() for rank in ranks):
                 return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     return None
 
 
@@ -54,7 +53,8 @@ def checkpoints_of(folder: Path, how: str) -> Path:
     """Where the training of the model `folder` keeps its checkpoints; those of another way of training go."""
     wanted = _place(folder, how)
     with processes.main_first():
-        drop_checkpoints(folder, but=wanted)
+        if processes.is_main():
+            _drop_checkpoints(folder, but=wanted)
         wanted.mkdir(parents=True, exist_ok=True)
     return wanted
 
@@ -63,9 +63,9 @@ def _place(folder: Path, how: str) -> Path:
     return folder.with_name(f".{folder.name}-{how}")
 
 
-def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints that the model `folder` was trained through; the main process does."""
-    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16) if processes.is_main() else ():
+def _drop_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that the model `folder` was trained through."""
+    for place in folder.parent.glob(f".{folder.name}-" + "[0-9a-f]" * 16):
         if place != but:
             shutil.rmtree(place)
 
@@ -78,7 +78,7 @@ def save_model(
     about: Mapping[str, Any],
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a trained model with its tokenizer, whole or not at all, in place of what is in `folder`.
+    """Write a trained model with its tokenizer, whole or not at all, in place of `folder`; its checkpoints go.
 
     `weights` are those of a model that is spread over processes, of which the main one writes.
     """
@@ -102,6 +102,7 @@ def save_model(
         os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+    _drop_checkpoints(folder)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,8 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
     problems = []
     method, parameter = given(corruption, "method", str), given(table, "parameter", str) or "strength"
     vector, bounds = given(table, "vector", bool), given(table, "bounds", list)
-    if method in corruptions and parameter not in (takes := corruptions.schema(method).model_fields):
+    takes = corruptions.schema(method).model_fields if method in corruptions else {}
+    if method in corruptions and parameter not in takes:
         problems.append(f"'optimize.parameter': '{method}' has no '{parameter}'; {nearest(parameter, takes)}")
     if vector and parameter != "strength":
         problems.append("'optimize.vector': only a strength can be one for each dimension")
@@ -140,6 +141,13 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
         problems.append(f"'corruption.{parameter}': {found}")
     if len(bounds) == 2 and _numbers(bounds) and not 0 < bounds[0] < bounds[1]:
         problems.append(f"'optimize.bounds': found {show(bounds)}, expected two numbers above 0, the smaller first")
+    elif parameter == "strength" and parameter in takes and _numbers(limits):
+        others = {key: value for key, value in corruption.items() if key != "method"}
+        for bound in limits:
+            try:
+                corruptions.bind(method, others | {"strength": bound}, "optimize.bounds")
+            except InputError as error:
+                problems += [one for one in error.problems if one.startswith("'optimize.bounds.strength'")]
     return problems
 
 

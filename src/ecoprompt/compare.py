@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ def compare(first: str, second: str, output: Path) -> dict[str, Any]:
     """By run and metric: `a`, `b`, `difference` (b - a), and its 95 % `interval` and `p` on the `rows` of both.
 
     `first` and `second` are folders of results, or names of recipes whose results are under `output`. What is no mean
-    over rows has neither interval nor p. Raises InputError for folders without results, and for results that share no
-    run.
+    over rows has neither interval nor p. `rows` counts the rows that were asked in `both`, or in one `a_alone` or
+    `b_alone`. Raises InputError for folders without results, and for results that share no run or no row.
     """
     places = [_find(reference, output) for reference in (first, second)]
     problems = [place for place in places if isinstance(place, str)]
@@ -41,12 +41,22 @@ def compare(first: str, second: str, output: Path) -> dict[str, Any]:
     if not runs:
         names = [", ".join(one.summary["runs"]) for one in (a, b)]
         raise InputError(f"{first} and {second} have no run of the same name: {names[0]}; {names[1]}")
+    ours, theirs = _asked(runs, a, b), _asked(runs, b, a)
+    if not ours & theirs:
+        raise InputError(f"{first} and {second} share no row: no prompt was asked in both and read by the same metric")
     return {
         "a": str(a.folder),
         "b": str(b.folder),
         "better": {**b.summary.get("better", {}), **a.summary.get("better", {})},
+        "rows": {"both": len(ours & theirs), "a_alone": len(ours - theirs), "b_alone": len(theirs - ours)},
         "runs": {run: _compare_run(run, a, b) for run in runs},
     }
+
+
+def _asked(runs: Sequence[str], one: Results, other: Results) -> set[Hashable]:
+    """The rows that were asked in `one`, of the metrics that both have."""
+    columns = [(run, name, values) for run in runs for name, values in one.rows.get(run, {}).items()]
+    return {place for run, name, values in columns if name in other.rows.get(run, {}) for place in values}
 
 
 def _find(reference: str, output: Path) -> Path | str:

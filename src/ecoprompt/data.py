@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -81,6 +82,19 @@ def load_rows(source: Source, root: Path | None = None) -> Rows:
     """
     path = local_file(source, root)
     return _read(path) if path is not None else _download(source, root)
+
+
+@contextlib.contextmanager
+def told_together(sources: Callable[[], Iterable[Source]], root: Path | None) -> Iterator[None]:
+    """Adds to the error of a data set that cannot be had all of `sources` that no local file holds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except EcopromptError as error:
+        absent = dict.fromkeys(source.label for source in sources() if local_file(source, root) is None)
+        listed = f"\nNo local file holds any of what is read: {'; '.join(absent)}." if len(absent) > 1 else ""
+        raise EcopromptError(f"{error}{listed}") from error
 
 
 def local_file(source: Source, root: Path | None = None) -> Path | None:

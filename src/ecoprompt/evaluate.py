@@ -15,10 +15,11 @@ import numpy as np
 from ecoprompt import processes
 from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rereads, row_of
 from ecoprompt.benchmarks import Benchmark, parse_forget
+from ecoprompt.data import Source, told_together
 from ecoprompt.items import Item
 from ecoprompt.lessons import training_cost
 from ecoprompt.models import load_model, locate
-from ecoprompt.pack import OUTPUT, TrainedGate, learned_corruption, obtain_gate
+from ecoprompt.pack import OUTPUT, TrainedGate, is_published, learned_corruption, obtain_gate
 from ecoprompt.paired import by_column, differences, errors
 from ecoprompt.plots import write_plots
 from ecoprompt.processes import from_main
@@ -32,6 +33,8 @@ from ecoprompt.sweep import key_path
 ORIGINAL = "original"
 """The run that a guard's harm is measured against."""
 STORE = "scores.jsonl"
+Done = dict[str, tuple[list[Asked], float]]
+"""By run the rows that were asked, and the seconds that computing them took."""
 REPORTED = ("torch", "transformers", "scikit-learn", "numpy", "scipy")
 
 
@@ -59,35 +62,38 @@ def evaluate(recipe: Recipe, output: Path = OUTPUT, progress: Progress = quiet) 
     asks_model = any(benchmark.asks_model for benchmark in _benchmarks(recipe))
     for run in runs if asks_model else ():  # before any work: a wrong name is not to be found out an hour later
         locate(run.model.name or "")
-    items = _items(recipe)
+    with told_together(lambda: _sources(recipe, runs), recipe.root):
+        items = _items(recipe)
     _check_ready(recipe, items)
     folder = output / recipe.name
     store = Store(folder / STORE)
-    gates = {
-        digest(run.gate, run.seed): obtain_gate(recipe, run.gate, run.seed or 0, output, progress)
-        for run in runs
-        if run.gate is not None
-    }
-    done: dict[str, tuple[list[Asked], float, dict[str, Any] | None]] = {}
+    gates = _gates(recipe, runs, output, progress)
+    done: Done = {}
     claimed: set[str] = set()
     for run in runs if not asks_model else ():
-        gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-        asked, seconds = judge(recipe, run, gate, items, _named(progress, run.name))
-        done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+        done[run.name] = judge(recipe, run, gates[run.name], items, _named(progress, run.name))
     for group in _by_model(runs) if asks_model else ():
         asking = Asking(load_model(group[0].model), recipe, items, store, claimed)
         for run in group:
-            gate = gates[digest(run.gate, run.seed)] if run.gate is not None else None
-            asked, seconds = asking.ask(run, gate, _named(progress, run.name))
-            done[run.name] = asked, seconds, _gate_report(asked, gate) if gate else None
+            done[run.name] = asking.ask(run, gates[run.name], _named(progress, run.name))
         del asking
         gc.collect()
     if any(map(rereads, items)):
         reader = load_model(recipe.model)
-        for name, (asked, seconds, report) in done.items():
-            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds, report
-    found = _conclude(recipe, runs, done, store, folder)
+        for name, (asked, seconds) in done.items():
+            done[name] = read_again(reader, asked, store, _named(progress, name)), seconds
+    found = _conclude(recipe, runs, done, gates, store, folder)
     return replace(found, notes=[*notes, *_missed(found.summary)])
+
+
+def _gates(recipe: Recipe, runs: Sequence[Run], output: Path, progress: Progress) -> dict[str, TrainedGate | None]:
+    """The gate of each run, by the run's name; one that several runs have is obtained once."""
+    obtained: dict[str, TrainedGate] = {}
+    for run in runs:
+        name = digest(run.gate, run.seed)
+        if run.gate is not None and name not in obtained:
+            obtained[name] = obtain_gate(recipe, run.gate, run.seed or 0, output, progress)
+    return {run.name: obtained.get(digest(run.gate, run.seed)) for run in runs}
 
 
 def _missed(summary: Mapping[str, Any]) -> list[str]:
@@ -138,17 +144,16 @@ def _with_learned(recipe: Recipe, runs: list[Run], output: Path) -> tuple[list[R
 
 def _takes_corruption(recipe: Recipe, run: Run) -> bool:
     """Whether a run is corrupted as [corruption] says, and neither as a table of its own nor as a sweep does."""
-    name = run.name.partition("[")[0]
-    swept = any(
-        path[0] == "corruption" or path[:3] == ["run", name, "corruption"] for path in map(key_path, recipe.sweep)
-    )
-    return recipe.run[name].corruption is None and not swept
+    own = ["run", run.base, "corruption"]
+    swept = any(path[0] == "corruption" or path[:3] == own for path in map(key_path, recipe.sweep))
+    return recipe.run[run.base].corruption is None and not swept
 
 
 def _conclude(
     recipe: Recipe,
     runs: Sequence[Run],
-    done: Mapping[str, tuple[list[Asked], float, dict[str, Any] | None]],
+    done: Done,
+    gates: Mapping[str, TrainedGate | None],
     store: Store,
     folder: Path,
 ) -> Evaluated:
@@ -163,15 +168,16 @@ def _conclude(
     averages = {name: of for benchmark in tables for name, of in benchmark.averages().items()}
     entries: dict[str, Any] = {}
     for run in runs:
-        _, seconds, gate = done[run.name]
+        asked, seconds = done[run.name]
+        gate = gates[run.name]
         entries[run.name] = {
-            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run.name, rows))),
+            "base": run.base,
+            "point": run.point,
+            "metrics": _metrics(recipe, rows[run.name], rows.get(_same_point(RETAIN, run, runs))),
             "errors": errors(columns.get(run.name, {}), averages),
-            "paired": differences(
-                columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run.name, rows)), averages
-            ),
+            "paired": differences(columns.get(run.name, {}), columns.get(_same_point(ORIGINAL, run, runs)), averages),
             "seconds": seconds,
-            "gate": gate,
+            "gate": _gate_report(asked, gate) if gate else None,
             "model": run.model.name,
             **training_cost(run.model.name),
         }
@@ -182,7 +188,7 @@ def _conclude(
         "runs": entries,
         "columns": [column for table in tables for column in table.table_columns()],
         "tradeoff": _tradeoff(tables),
-        "better": _better(tables, RETAIN in {run.name.partition("[")[0] for run in runs}),
+        "better": _better(tables, RETAIN in {run.base for run in runs}),
         "chance": _chance(done[runs[0].name][0]),
         "grids": {table.name: grid(table.subsets) for table in tables if not table.asks_model},
         "rows": count_rows(flat),
@@ -210,14 +216,9 @@ def _better(tables: Sequence[Benchmark], retain: bool) -> dict[str, str]:
     return {name: way for name, way in every.items() if retain or way != "closer to retain"}
 
 
-def _same_point(which: str, run: str, values: Mapping[str, Any]) -> str:
-    """The run called `which` to compare `run` with: of the same point of a sweep, if that changes it too."""
-    point = set(run.partition("[")[2].removesuffix("]").split(","))
-    for name in values:
-        base, _, rest = name.partition("[")
-        if base == which and set(rest.removesuffix("]").split(",")) <= point | {""}:
-            return name
-    return which
+def _same_point(base: str, run: Run, runs: Sequence[Run]) -> str:
+    """The run called `base` to compare `run` with: of the same point of a sweep, if that changes it too."""
+    return next((one.name for one in runs if one.base == base and one.point.items() <= run.point.items()), base)
 
 
 def runs_of(recipe: Recipe) -> list[Run]:
@@ -230,22 +231,29 @@ def runs_of(recipe: Recipe) -> list[Run]:
     return runs
 
 
-def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None, Path | None]]:
-    """Each [[evaluate]] with its benchmark (of the subsets that are read), the forget set if that benchmark has it, and
-    the data's root.
+def tables_of(recipe: Recipe) -> Iterator[tuple[EvaluateTable, Benchmark, ForgetSet | None]]:
+    """Each [[evaluate]] with its benchmark (of the subsets that are read), and the forget set if that benchmark has it.
 
     Benchmarks of the same data share the names of their forget sets.
     """
-    root = Path(recipe.data.root) if recipe.data and recipe.data.root else None
     named = parse_forget(recipe.data.forget) if recipe.data else None
     for table in recipe.evaluate:
         benchmark = benchmarks[table.benchmark].only(table.subsets)
         known = named is not None and named[0].name in (benchmark.name, benchmark.family.name)
-        yield table, benchmark, named[1] if named and known else None, root
+        yield table, benchmark, named[1] if named and known else None
 
 
 def _benchmarks(recipe: Recipe) -> list[Benchmark]:
-    return [benchmark for _, benchmark, _, _ in tables_of(recipe)]
+    return [benchmark for _, benchmark, _ in tables_of(recipe)]
+
+
+def _sources(recipe: Recipe, runs: Sequence[Run]) -> Iterator[Source]:
+    """Where all rows are read from, and the prompts of gates that are to be trained."""
+    for _, benchmark, forget_set in tables_of(recipe):
+        yield from benchmark.sources(benchmark.subsets.values(), forget_set)
+    if recipe.data is not None and any(run.gate and not is_published(run.gate) for run in runs):
+        benchmark, forget_set = parse_forget(recipe.data.forget)
+        yield from benchmark.sources(benchmark.gate_sources().readings(), forget_set)
 
 
 def _items(recipe: Recipe) -> list[Item]:
@@ -253,9 +261,9 @@ def _items(recipe: Recipe) -> list[Item]:
     held_out = recipe.optimize.held_out if recipe.optimize else 0.0
     found = [
         item
-        for table, benchmark, forget_set, root in tables_of(recipe)
+        for table, benchmark, forget_set in tables_of(recipe)
         for subset in benchmark.subsets
-        for item in benchmark.items(subset, forget_set, root, table.limit_of(subset), recipe.seed, held_out)
+        for item in benchmark.items(subset, forget_set, recipe.root, table.limit_of(subset), recipe.seed, held_out)
     ]
     if recipe.optimize and not any(benchmarks[item.benchmark].subset(item.subset).forget for item in found):
         raise InputError(f"'optimize.held_out': a share of {held_out} leaves no row of the forget set to evaluate")

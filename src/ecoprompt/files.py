@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +155,8 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
         raise InputError(f"{path}: not a safetensors file, or one that is cut off ({error})") from None
 
 
+ABANDONED = 600
+"""Seconds after which a half-written file is one that a killed process left."""
 FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
 """What safetensors, tokenizers and torch say where they can write no further."""
 
@@ -172,6 +176,19 @@ def writing(path: Path) -> Iterator[None]:
         if FULL.search(str(error)) is None:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write that is on the disk at the end, after closing one that a killed process left torn."""
+    with writing(path), path.open("ab+", buffering=0) as file:
+        owed = ""
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            owed = "" if file.read(1) == b"\n" else "\n"
+        left = memoryview(f"{owed}{line}\n".encode())
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -196,3 +213,6 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if left.suffix[1:].isdecimal() and left.stat().st_mtime < time.time() - ABANDONED:
+                left.unlink(missing_ok=True)

@@ -13,16 +13,17 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ecoprompt.checkpoints import checkpoints_of, drop_checkpoints, save_model, trained_before
+from ecoprompt.checkpoints import checkpoints_of, save_model, trained_before
 from ecoprompt.learning import FinetuneTable
 from ecoprompt.lessons import Lesson, finetune_table, lessons_of, model_names, most_tokens
 from ecoprompt.models import Loaded, load_model, locate, set_format
 from ecoprompt.pack import OUTPUT
 from ecoprompt.processes import check_agreement, from_main, several
-from ecoprompt.recipe import ModelTable, Recipe, digest
+from ecoprompt.recipe import Recipe, digest
 from ecoprompt.registry import InputError, Progress, quiet
 from ecoprompt.training import (
     encode_lesson,
+    to_train,
     train_causal_lm,
     with_adapters,
 )
@@ -63,17 +64,11 @@ def _make(
     checkpoints = checkpoints_of(folder, how)
     what = f"training {folder.name}"
     trained = train_causal_lm(
-        model, start.tokenizer, examples, table, seed=recipe.seed, what=what, progress=progress, folder=checkpoints
+        model, examples, table, seed=recipe.seed, what=what, progress=progress, folder=checkpoints
     )
     about = {"digest": how, "examples": len(examples), **trained.about(), "settings": settings}
     save_model(model, start.tokenizer, folder, table, about, trained.weights)
-    drop_checkpoints(folder)
     return about
-
-
-def to_train(table: ModelTable) -> ModelTable:
-    """`table` for training: by itself in float32, as the steps of a fine-tuning are lost in sixteen bits."""
-    return table.model_copy(update={"dtype": "float32"}) if table.dtype == "auto" else table
 
 
 def _start(recipe: Recipe, table: FinetuneTable, lessons: Sequence[Lesson]) -> Loaded:

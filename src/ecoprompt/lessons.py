@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoprompt.benchmarks import Benchmark, parse_forget
-from ecoprompt.data import check_columns
+from ecoprompt.data import check_columns, told_together
 from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.recipe import Recipe
@@ -40,23 +40,25 @@ class Lessons:
 
 def lessons_of(recipe: Recipe, also: Sequence[str] = ()) -> Lessons:
     """What the recipe's forget and retain set teach; the subsets `also` of its benchmark belong to the latter."""
-    benchmark, forget_set, training, root = _subject(recipe)
-    forget, retain = (
-        [lesson for texts in part for lesson in _lessons(benchmark, texts, forget_set, root)]
-        for part in (training.forget, training.retain)
-    )
-    further = [item for subset in also for item in benchmark.items(subset, forget_set, root)]
+    benchmark, forget_set, training = _subject(recipe)
+
+    def learnt(part: Sequence[TrainingTexts]) -> list[Lesson]:
+        return [lesson for texts in part for lesson in _lessons(benchmark, texts, forget_set, recipe.root)]
+
+    with told_together(lambda: benchmark.sources([*training.forget, *training.retain], forget_set), recipe.root):
+        forget, retain = learnt(training.forget), learnt(training.retain)
+    further = [item for subset in also for item in benchmark.items(subset, forget_set, recipe.root)]
     return Lessons(forget, retain + [Lesson(item.prompt, item.target) for item in further])
 
 
 def count_lessons(recipe: Recipe, also: Sequence[str] = ()) -> dict[str, int | None]:
     """How many rows that is, None where only a download would tell; no text is read off them."""
-    benchmark, forget_set, training, root = _subject(recipe)
+    benchmark, forget_set, training = _subject(recipe)
     counts: dict[str, list[int | None]] = {
-        "forget": [benchmark.count(texts, forget_set, root) for texts in training.forget],
-        "retain": [benchmark.count(texts, forget_set, root) for texts in training.retain],
+        "forget": [benchmark.count(texts, forget_set, recipe.root) for texts in training.forget],
+        "retain": [benchmark.count(texts, forget_set, recipe.root) for texts in training.retain],
     }
-    counts["retain"] += [benchmark.count(benchmark.subset(name), forget_set, root) for name in also]
+    counts["retain"] += [benchmark.count(benchmark.subset(name), forget_set, recipe.root) for name in also]
     return {name: total(found) for name, found in counts.items()}
 
 
@@ -106,13 +108,13 @@ def training_cost(model: str | None) -> dict[str, Any]:
         return {}
 
 
-def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources, Path | None]:
+def _subject(recipe: Recipe) -> tuple[Benchmark, ForgetSet, TrainingSources]:
     if recipe.data is None:
         raise InputError(f"{recipe.name}: training needs [data] forget")
     benchmark, forget_set = parse_forget(recipe.data.forget)
     if benchmark.training is None:
         raise InputError(f"benchmark '{benchmark.name}' does not say what a model is trained on (no [training] table)")
-    return benchmark, forget_set, benchmark.training, Path(recipe.data.root) if recipe.data.root else None
+    return benchmark, forget_set, benchmark.training
 
 
 def _lessons(benchmark: Benchmark, texts: TrainingTexts, forget_set: ForgetSet, root: Path | None) -> list[Lesson]:

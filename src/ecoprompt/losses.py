@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ecoprompt.registry import keys_of, losses, methods
+from ecoprompt.registry import inputs_of, keys_of, losses, methods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,10 +237,7 @@ def cross_entropy_unlearning(forget: Scored, *, spared: Spared = 1) -> Tensor:
 
 def inputs(term: str) -> tuple[str, ...]:
     """What loss term `term` reads: `forget`, `retain_original`, …, in the order of its parameters."""
-    return tuple(name for name, one in inspect.signature(losses[term]).parameters.items() if one.kind is not _KEY)
-
-
-_KEY = inspect.Parameter.KEYWORD_ONLY
+    return inputs_of(losses[term])
 
 
 class Method:
@@ -260,7 +257,8 @@ class Method:
         keys = {one.name: one for term in weights for one in keys_of(losses[term])}
         named = GenericAlias(dict, (Literal.__getitem__(tuple(weights)), Annotated[float, Field(ge=0)]))
         said = Field(description="of the terms of the loss; those not named keep theirs")
-        weighed = inspect.Parameter("weights", _KEY, default=self.weights, annotation=Annotated[named, said])
+        kind = inspect.Parameter.KEYWORD_ONLY
+        weighed = inspect.Parameter("weights", kind, default=self.weights, annotation=Annotated[named, said])
         self.__signature__ = inspect.Signature([*keys.values(), weighed])
 
     def terms(self, epoch: float = 0.0) -> list[str]:

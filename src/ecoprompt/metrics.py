@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from ecoprompt.probe import probed
-from ecoprompt.registry import aggregates, metrics
+from ecoprompt.registry import aggregates, inputs_of, metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,8 +73,7 @@ def direction(
 
 def reads(name: str) -> tuple[str, ...]:
     """What row metric `name` reads of a row, among ROW_INPUTS, in the order of its parameters."""
-    parameters = inspect.signature(metrics[name]).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY)
+    return inputs_of(metrics[name])
 
 
 def asks_model(name: str) -> bool:
@@ -83,7 +81,7 @@ def asks_model(name: str) -> bool:
     return any(part not in ("target", "place", "flagged") for part in reads(name))
 
 
-def _exp(exponent: float) -> float:
+def exp(exponent: float) -> float:
     """exp, with infinity where a float overflows."""
     try:
         return math.exp(exponent)
@@ -95,7 +93,7 @@ def _exp(exponent: float) -> float:
 @direction("higher")
 def answer_probability(answer: LogProb) -> float:
     """Geometric mean of the answer's token probabilities, in [0, 1] (TOFU, section 2.2)."""
-    return _exp(answer.mean)
+    return exp(answer.mean)
 
 
 @metrics.register
@@ -105,7 +103,7 @@ def normalized_probability(answer: LogProb, alternatives: Sequence[LogProb]) -> 
 
     Computed from differences of logarithms, so that it stays defined where every probability underflows.
     """
-    return 1 / (1 + math.fsum(_exp(other.mean - answer.mean) for other in alternatives))
+    return 1 / (1 + math.fsum(exp(other.mean - answer.mean) for other in alternatives))
 
 
 @metrics.register
@@ -148,7 +146,7 @@ def truth_ratio(reference: LogProb, alternatives: Sequence[LogProb]) -> float:
     Below 1 the model prefers the right answer. The mean is taken over log-probabilities, as in TOFU's published code;
     the paper's formula averages the probabilities themselves.
     """
-    return _exp(math.fsum(other.mean for other in alternatives) / len(alternatives) - reference.mean)
+    return exp(math.fsum(other.mean for other in alternatives) / len(alternatives) - reference.mean)
 
 
 @metrics.register

@@ -22,6 +22,7 @@ from ecoprompt.items import Item
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, obtain_gate, save_learned, searched_by
 from ecoprompt.plots import draw_search, rendered
+from ecoprompt.processes import is_main
 from ecoprompt.recipe import CorruptionTable, ModelTable, OptimizeTable, Recipe, Run, digest, resolve_runs
 from ecoprompt.registry import InputError, Progress, aggregates, quiet
 from ecoprompt.results import RETAIN, Store
@@ -104,7 +105,7 @@ def search_of(recipe: Recipe) -> tuple[OptimizeTable, CorruptionTable]:
 def _retain_run(recipe: Recipe, table: OptimizeTable) -> Run | None:
     """The run that tells what the metric should be: [run.retain], else one of the surrogate, if there is one."""
     for run in resolve_runs(recipe):
-        if run.name.partition("[")[0] == RETAIN:
+        if run.base == RETAIN:
             return run
     if table.surrogate is None:
         return None
@@ -114,11 +115,11 @@ def _retain_run(recipe: Recipe, table: OptimizeTable) -> Run | None:
 
 def held_out(recipe: Recipe, table: OptimizeTable) -> tuple[Benchmark, list[Item]]:
     """The benchmark that has the metric, and the rows of its forget sets that are kept apart for the search."""
-    for entry, benchmark, forget_set, root in tables_of(recipe):
+    for entry, benchmark, forget_set in tables_of(recipe):
         subsets, _ = benchmark.forget_columns().get(table.metric, ([], []))
         if subsets:
             apart: dict[str, Any] = {"seed": recipe.seed, "held_out": table.held_out, "held": True}
-            rows = [benchmark.items(name, forget_set, root, entry.limit_of(name), **apart) for name in subsets]
+            rows = [benchmark.items(name, forget_set, recipe.root, entry.limit_of(name), **apart) for name in subsets]
             if not all(rows):
                 raise InputError(f"'optimize.held_out': a share of {table.held_out} leaves no row to search on")
             return benchmark, [item for some in rows for item in some]
@@ -160,6 +161,8 @@ class Objective:
         table, parameters = self.table, self.corruption.parameters
         dims = dimensions(parameters.get("dims", 1), size)
         low, high = table.bounds or (STRENGTHS if table.parameter == "strength" else (1, size))
+        if table.parameter == "dims" and high > size:
+            raise InputError(f"'optimize.bounds': found {high:g}, expected at most the model's hidden size, {size}")
         self.space = Space(low, high, table.scale, table.parameter == "dims", dims if table.vector else 1)
         self.start = dims if table.parameter == "dims" else parameters["strength"]
         self.target = self._target()
@@ -218,10 +221,12 @@ def check_plot() -> None:
 def draw(recipe: Recipe, learned: Learned, output: Path = OUTPUT) -> Path:
     """The file that is written: a picture of the search. Raises InputError without matplotlib."""
     check_plot()
+    path = output / recipe.name / "optimize.png"
+    if not is_main():
+        return path
     table, about = search_of(recipe)[0], learned.about
     parameter = f"{learned.corruption['method']}: {table.parameter}"
     distance = f"distance of {table.metric} from {about['target']:.4g}"
     figure = draw_search(learned.found.evaluations, learned.found.best, table.scale, parameter, distance)
-    path = output / recipe.name / "optimize.png"
     write_bytes_atomic(path, rendered(figure))
     return path

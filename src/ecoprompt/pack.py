@@ -16,6 +16,7 @@ import numpy as np
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.card import tradeoff, write_card
 from ecoprompt.classifier import fetch
+from ecoprompt.data import told_together
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
 from ecoprompt.gate import (
@@ -207,8 +208,9 @@ def _gate_data(recipe: Recipe) -> GateData:
     """The prompts to train, calibrate and measure a gate on."""
     table = recipe.subject()
     benchmark, forget_set = parse_forget(table.forget)
-    root = Path(table.root) if table.root else None
-    data = benchmark.gate_texts(forget_set, root)
+    root = recipe.root
+    with told_together(lambda: benchmark.sources(benchmark.gate_sources().readings(), forget_set), root):
+        data = benchmark.gate_texts(forget_set, root)
     checks = dict(data.checks)
     for name in table.checks:
         checks |= benchmarks[name].gate_checks(None, root)

@@ -21,18 +21,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What a recipe would do, told without model, network and torch: its tables, runs, rows, what to fetch, devices."""
     recipe.enter()
     rows: dict[str, dict[str, int | None]] = {}
-    for table, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
+    for table, benchmark, forget_set in tables_of(recipe):
+        counts = benchmark.dry_rows(forget_set, recipe.root)
         held_out = recipe.optimize.held_out if recipe.optimize else 0.0
         for name, count in counts.items():
             if benchmark.subset(name).forget and count is not None:
                 counts[name] = count - round(held_out * count)
         rows[benchmark.name] = {name: _at_most(count, table.limit_of(name)) for name, count in counts.items()}
     if recipe.data is not None and not recipe.evaluate:  # what remains to be done is to train its gate
-        root = Path(recipe.data.root) if recipe.data.root else None
         benchmark, forget_set = parse_forget(recipe.data.forget)
-        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, root)
-        rows |= {name: benchmarks[name].dry_gate_rows(None, root) for name in recipe.data.checks}
+        rows[benchmark.name] = benchmark.dry_gate_rows(forget_set, recipe.root)
+        rows |= {name: benchmarks[name].dry_gate_rows(None, recipe.root) for name in recipe.data.checks}
     return {
         "recipe": recipe.document(),
         "runs": {run.name: {"model": run.model.name, "guarded": run.guarded} for run in resolve_runs(recipe)},
@@ -57,13 +56,12 @@ def _fetches(recipe: Recipe) -> list[str]:
     runs = resolve_runs(recipe)
     gates = [run.gate for run in runs if run.gate is not None] or [recipe.gate] * (recipe.data is not None)
     found: list[str | None] = []
-    for _, benchmark, forget_set, root in tables_of(recipe):
-        found += benchmark.fetches(forget_set, root)
+    for _, benchmark, forget_set in tables_of(recipe):
+        found += benchmark.fetches(forget_set, recipe.root)
     if recipe.data is not None and not (recipe.evaluate and all(map(is_published, gates))):
         benchmark, forget_set = parse_forget(recipe.data.forget)
-        root = Path(recipe.data.root) if recipe.data.root else None
-        found += benchmark.fetches(forget_set, root, gate=True)
-        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, root, gate=True)]
+        found += benchmark.fetches(forget_set, recipe.root, gate=True)
+        found += [one for name in recipe.data.checks for one in benchmarks[name].fetches(None, recipe.root, gate=True)]
     named = [run.model.name for run in runs] + [recipe.finetune.base if recipe.finetune else None]
     named += [gate.parameters.get("classifier") or gate.parameters.get("base") for gate in gates]
     named += [run.tokens.parameters["model"] for run in runs if run.tokens and run.tokens.select == "ner"]
@@ -82,8 +80,8 @@ def _planned_search(recipe: Recipe) -> dict[str, Any]:
     table = recipe.optimize
     assert table is not None
     rows: dict[str, int | None] = {}
-    for entry, benchmark, forget_set, root in tables_of(recipe):
-        counts = benchmark.dry_rows(forget_set, root)
+    for entry, benchmark, forget_set in tables_of(recipe):
+        counts = benchmark.dry_rows(forget_set, recipe.root)
         for name in benchmark.forget_columns().get(table.metric, ([], []))[0]:
             count = counts[name]
             rows[name] = _at_most(None if count is None else round(table.held_out * count), entry.limit_of(name))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoprompt.files import write_bytes_atomic
+from ecoprompt.processes import is_main
 from ecoprompt.results import RETAIN, chosen_columns, heading_of
 
 if TYPE_CHECKING:
@@ -36,15 +37,14 @@ class Line:
     style: dict[str, Any] = field(default_factory=dict)
 
 
-def lines_of(runs: Sequence[str]) -> list[Line]:
-    """The lines that runs are on: `eco[corruption.strength=5]` is at 5 on the line "eco" over corruption.strength.
+def lines_of(runs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
+    """The lines that runs are on: at the point {"corruption.strength": "5"}, `eco` is at 5 on its line over that key.
 
     What else is swept names the line: a number as it is, a table by what it is (`corruption=zero_out_top_k dims=2`).
     """
     lines: dict[tuple[str, str | None], Line] = {}
-    for run in runs:
-        name, _, inside = run.partition("[")
-        swept = dict(part.partition("=")[::2] for part in inside.removesuffix("]").split(",") if part)
+    for run, entry in runs.items():
+        name, swept = entry.get("base", run), entry.get("point", {})
         key = next((key for key, value in swept.items() if _is_number(value)), None)
         others = [value if _is_number(value) else value.split()[0] for other, value in swept.items() if other != key]
         named = f"{name}: {', '.join(others)}" if others else name
@@ -66,8 +66,11 @@ def _is_number(text: str) -> bool:
 
 
 def write_plots(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
-    """Write plot.png and plot.svg, and return their paths: none without matplotlib, or without numbers to show."""
-    figure = draw(summary)
+    """Write plot.png and plot.svg, and return their paths: none without matplotlib, or without numbers to show.
+
+    Of the processes of a launcher, the main one alone draws.
+    """
+    figure = draw(summary) if is_main() else None
     if figure is None:
         return []
     paths = [folder / "plot.png", folder / "plot.svg"]
@@ -89,7 +92,7 @@ def draw(summary: Mapping[str, Any]) -> Figure | None:
     runs = list(summary["runs"])
     chosen = summary.get("tradeoff") or chosen_columns(summary)[:2]
     shown = [name for name in chosen if not all(map(math.isnan, _values(summary, name, runs)))]
-    lines = lines_of(runs)
+    lines = lines_of(summary["runs"])
     swept = [key for key in dict.fromkeys(line.key for line in lines if len(line.runs) > 1) if key]
     rows = [["tradeoff"] * 2] * (len(shown) == 2) + [[f"{key}/{name}" for name in shown] for key in swept if shown]
     if not rows:

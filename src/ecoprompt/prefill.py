@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections import deque
@@ -86,8 +87,14 @@ def _stack(*parts: Tensor) -> Tensor:
 
 
 def parameters(model: Any) -> frozenset[str]:
-    """The names of what the model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
+    """The names of what the model's forward takes: its class's, looked at once, or what was put in its place."""
+    replaced = vars(model).get("forward")
+    return _parameters(type(model).forward) if replaced is None else frozenset(inspect.signature(replaced).parameters)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def read(loaded: Loaded, prompts: Sequence[Sequence[int]], longest: int, attached: Attached) -> Prefill | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,6 +192,11 @@ class Recipe(Table):
             raise InputError(f"{self.name}: training, calibrating or measuring a gate needs [data] forget")
         return self.data
 
+    @property
+    def root(self) -> Path | None:
+        """The folder of local data sets that [data] names."""
+        return Path(self.data.root) if self.data and self.data.root else None
+
     def document(self) -> dict[str, Any]:
         """The recipe as the plain tables of a TOML file, every default filled in but those that depend on a sweep."""
         tables: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
@@ -216,15 +221,23 @@ OPEN: dict[str, tuple[str, Registry, type[BaseModel]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run, resolved: everything that determines its results besides the data."""
+    """One run, resolved: what determines its results besides the data; `base` is its name in the recipe, and `point`
+    the values in words, by key, of a sweep that changes it."""
 
-    name: str
+    base: str
     model: ModelTable
     prefix: str | None = None
     seed: int | None = None
     gate: GateTable | None = None
     tokens: TokensTable | None = None
     corruption: CorruptionTable | None = None
+    point: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What its results are called, as in `eco[corruption.strength=5]`."""
+        label = ",".join(f"{key}={value}" for key, value in self.point.items())
+        return f"{self.base}[{label}]" if label else self.base
 
     @property
     def guarded(self) -> bool:
@@ -307,12 +320,11 @@ def resolve_runs(recipe: Recipe) -> list[Run]:
         for name, table in chosen.run.items():
             swept[name].append((point.labels, _resolve(name, table, chosen)))
     runs: dict[str, Run] = {}
-    for name, found in swept.items():
+    for found in swept.values():
         changing = [key for key in recipe.sweep if _changes(key, found)]
         for values, run in found:
-            label = ",".join(f"{key}={values[key]}" for key in changing)
-            labelled = f"{name}[{label}]" if label else name
-            runs.setdefault(labelled, replace(run, name=labelled))
+            named = replace(run, point={key: values[key] for key in changing})
+            runs.setdefault(named.name, named)
     return list(runs.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -155,6 +156,13 @@ class Registry(Mapping[str, Any]):
             return schema.model_validate(dict(parameters)).model_dump()
         except ValidationError as error:
             raise InputError(*describe(error, schema, where, f"{self.kind} '{name}'")) from None
+
+
+@functools.cache
+def inputs_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what `function` is called with, in their order; the keyword-only parameters are a recipe's."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY)
 
 
 def keys_of(function: Callable[..., Any]) -> list[inspect.Parameter]:

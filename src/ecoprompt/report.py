@@ -9,6 +9,7 @@ from typing import Any
 
 from ecoprompt.files import write_text_atomic
 from ecoprompt.plots import draw, rendered
+from ecoprompt.processes import is_main
 from ecoprompt.results import (
     cells_of,
     error_rate,
@@ -53,9 +54,13 @@ def said(row: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write report.html: plot, tables, the gate's errors, examples and settings; the file that is written."""
+    """Write report.html: plot, tables, the gate's errors, examples and settings; the file that is written.
+
+    Of the processes of a launcher, the main one alone makes it.
+    """
     path = folder / TEMPLATE
-    write_text_atomic(path, page(summary, rows))
+    if is_main():
+        write_text_atomic(path, page(summary, rows))
     return path
 
 

@@ -7,13 +7,12 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ecoprompt.files import write_text_atomic, writing
+from ecoprompt.files import append_line, write_text_atomic
 from ecoprompt.processes import from_main, is_main
 
 RETAIN = "retain"
@@ -56,15 +55,8 @@ class Store:
             return
         values = dict(pairs)
         if is_main():
-            self._append(json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")) + "\n")
+            append_line(self.path, json.dumps({"values": values, "seconds": seconds}, separators=(",", ":")))
         self._keep(values, seconds)
-
-    def _append(self, line: str) -> None:
-        with writing(self.path), self.path.open("ab+", buffering=0) as file:
-            left = memoryview(_torn(file) + line.encode())
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
 
     def _keep(self, values: Mapping[str, Any], seconds: float) -> None:
         self._values.update(values)
@@ -79,14 +71,6 @@ def _records(raw: bytes) -> Iterable[tuple[dict[str, Any], float]]:
                 yield dict(record["values"]), float(record["seconds"])
         except (ValueError, TypeError, KeyError):
             continue
-
-
-def _torn(file: io.FileIO) -> bytes:
-    """The line end that is owed to a last line which a killed process left unfinished."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return b""
-    file.seek(-1, os.SEEK_END)
-    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def key(**parts: Any) -> str:
@@ -138,16 +122,14 @@ def write_results(folder: Path, summary: Mapping[str, Any], rows: Iterable[Mappi
     return [folder / name for name in texts]
 
 
-def error_rate(errors: int, prompts: int, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(rate, low, high): the share of errors and its exact interval (Clopper and Pearson, 1934); NaN of no prompts."""
-    from scipy.stats import beta
+def error_rate(errors: int, prompts: int) -> tuple[float, float, float]:
+    """(rate, low, high): the share of errors and its exact 95 % interval (Clopper and Pearson, 1934); NaN of none."""
+    from scipy.stats import binomtest
 
     if prompts == 0:
         return math.nan, math.nan, math.nan
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, errors, prompts - errors + 1)) if errors else 0.0
-    high = float(beta.ppf(1 - tail, errors + 1, prompts - errors)) if errors < prompts else 1.0
-    return errors / prompts, low, high
+    interval = binomtest(errors, prompts).proportion_ci()
+    return errors / prompts, float(interval.low), float(interval.high)
 
 
 def gate_report(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ecoprompt import processes
+from ecoprompt.calls import shape
 from ecoprompt.metrics import LogProb
 from ecoprompt.models import Loaded, batches, encode, encode_pair, pad
 from ecoprompt.probe import packed
@@ -147,7 +148,7 @@ class Room:
     def __init__(self, loaded: Loaded, tokens: int | None = None) -> None:
         self.first = self.tokens = tokens or min(processes.gather(_affordable(loaded.model)))
         cuda = loaded.model.device.type == "cuda"
-        self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // _table(loaded.model)[0]
+        self._logits: int = (GPU_LOGITS if cuda else CPU_LOGITS) // shape(loaded.model.get_input_embeddings())[0]
         self.shares = True
         self._loaded = loaded
 
@@ -196,15 +197,9 @@ def _affordable(model: PreTrainedModel) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1
-    hidden = _table(model)[1]
+    hidden = shape(model.get_input_embeddings())[1]
     token = 4 * layers * hidden * model.dtype.itemsize  # keys and values, and as much again while they are computed
     return int(max(MOST_TOKENS // 64, min(MOST_TOKENS * (8 if cuda else 1), (memory - weights) // 4 // token)))
-
-
-def _table(model: PreTrainedModel) -> tuple[int, int]:
-    """(tokens, hidden size) of a model's input embedding."""
-    tokens, hidden = model.get_input_embeddings().weight.shape
-    return int(tokens), int(hidden)
 
 
 @functools.lru_cache(maxsize=1 << 17)

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from ecoprompt.metrics import LogProb, direction, rouge
+from ecoprompt.metrics import LogProb, direction, exp, rouge
 from ecoprompt.models import out_of_reach
 from ecoprompt.registry import EcopromptError, InputError, aggregates, metrics
 
@@ -150,10 +150,7 @@ def perplexity(reread: LogProb) -> float:
 
     Read row by row, so that no padding counts. An empty generation has no perplexity and its row no value.
     """
-    try:
-        return math.exp(-reread.mean)
-    except OverflowError:
-        return math.inf
+    return exp(-reread.mean)
 
 
 @aggregates.register

@@ -101,9 +101,9 @@ def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
     return parts
 
 
-def table(summary: Mapping[str, Any], columns: Sequence[str] | None = None) -> RunsTable:
-    """The runs as rows and the chosen metrics (default: `summary["columns"]`) as columns, for the terminal."""
-    return RunsTable(summary, list(columns or chosen_columns(summary)))
+def table(summary: Mapping[str, Any]) -> RunsTable:
+    """The runs as rows and the chosen metrics as columns, for the terminal."""
+    return RunsTable(summary, chosen_columns(summary))
 
 
 def plain_table(cells: Sequence[Sequence[str]], room: int | None = None, title: str = "") -> Table:
@@ -121,17 +121,14 @@ def plain_table(cells: Sequence[Sequence[str]], room: int | None = None, title: 
     return shown
 
 
-def side_by_side(
-    prompts: Sequence[str], answers: Mapping[str, Sequence[str]], targets: Sequence[str] | None = None
-) -> Table:
-    """Each prompt with the true answer (if given) and the answer of every run below it, for the terminal."""
+def side_by_side(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], targets: Sequence[str]) -> Table:
+    """Each prompt with the true answer and the answer of every run below it, for the terminal."""
     shown = Table(box=box.SIMPLE, show_header=False)
     shown.add_column(max_width=2 * NAME, overflow="fold", style="dim")
     shown.add_column(overflow="fold")
     for index, prompt in enumerate(prompts):
         shown.add_row("prompt", Text(prompt, style="bold"))
-        if targets is not None:
-            shown.add_row("true answer", Text(targets[index]))
+        shown.add_row("true answer", Text(targets[index]))
         for run, texts in answers.items():
             shown.add_row(Text(run), Text(texts[index].strip() or "(nothing)"))
         shown.add_section()
@@ -183,7 +180,10 @@ def comparison_tables(compared: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(plain_table(cells, title=f"\n{run}"))
     legend = legend_of(compared, list(compared["better"]))
     tested = "p: paired t-test over the rows that both were asked, for each metric alone"
-    return [*shown, Text("\n".join(filter(None, [legend, tested])), style="table.caption")]
+    rows, apart = compared["rows"], None
+    if rows["a_alone"] or rows["b_alone"]:
+        apart = f"rows asked in both: {rows['both']}, in A alone: {rows['a_alone']}, in B alone: {rows['b_alone']}"
+    return [*shown, Text("\n".join(filter(None, [apart, legend, tested])), style="table.caption")]
 
 
 def search_table(evaluations: Sequence[Evaluation], best: Evaluation, metric: str, target: float) -> Table:

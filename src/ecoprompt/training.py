@@ -23,6 +23,7 @@ from ecoprompt.learning import Course
 from ecoprompt.lessons import Lesson
 from ecoprompt.losses import IGNORED, taught
 from ecoprompt.models import encode, encode_pair, render, render_answer
+from ecoprompt.recipe import ModelTable
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
 from ecoprompt.sophia import EVERY, Sophia, drawn_loss
 
@@ -69,6 +70,11 @@ class Trained:
         return {"steps": len(self.losses), "first_loss": first, "last_loss": last, **cost}
 
 
+def to_train(table: ModelTable) -> ModelTable:
+    """`table` for training: by itself in float32, as the steps of a fine-tuning are lost in sixteen bits."""
+    return table.model_copy(update={"dtype": "float32"}) if table.dtype == "auto" else table
+
+
 def example(prompt: Sequence[int], completion: Sequence[int], *, loss: Literal["completion", "all"]) -> Example:
     """A prompt with its completion; the loss is over the completion's tokens, or over `all`."""
     ids = (*prompt, *completion)
@@ -87,26 +93,19 @@ def encode_lesson(tokenizer: PreTrainedTokenizerBase, lesson: Lesson, course: Co
     return [example(head, tail[: max(most - len(head), 1)], loss="all" if course.learn == "all" else "completion")]
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """A right-padded batch, `input_ids`, `attention_mask` and `labels` [B, T]; no padding is attended to or learnt."""
     length = max(len(one.ids) for one in examples)
     rows = [(one, length - len(one.ids)) for one in examples]
     return {
-        "input_ids": torch.tensor([[*one.ids, *([pad] * short)] for one, short in rows]),
+        "input_ids": torch.tensor([[*one.ids, *([0] * short)] for one, short in rows]),
         "attention_mask": torch.tensor([[1] * len(one.ids) + [0] * short for one, short in rows]),
         "labels": torch.tensor([[*one.labels, *([IGNORED] * short)] for one, short in rows]),
     }
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills a batch up."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad or 0)
-
-
 def train_causal_lm(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     course: Course,
     *,
@@ -122,10 +121,9 @@ def train_causal_lm(
     """
     if not any(label != IGNORED for one in examples for label in one.labels[1:]):
         raise InputError(f"{what}: there is no token to learn in {len(examples)} examples")
-    pad = padding(tokenizer)
 
     def batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        return collate([row["example"] for row in rows], pad)
+        return collate([row["example"] for row in rows])
 
     return run_trainer(model, _Sequences(examples), batch, course, seed, what, progress, folder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ecoprompt.files import append_line, write_text_atomic
 from ecoprompt.processes import from_main, is_main
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet, searches, show
 
@@ -257,8 +257,8 @@ class Trace:
     """The evaluations of one search in a file of JSON lines, of which the first holds the settings of that search.
 
     A line that a killed process left unfinished is passed over. Without a path nothing is kept. Of the processes of a
-    launcher, the main one reads and writes the file for all. Raises InputError if
-    the file holds anything else, or the trace of a search with other settings.
+    launcher, the main one reads and writes the file for all. Raises InputError if the file holds anything else, or the
+    trace of a search with other settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -272,9 +272,7 @@ class Trace:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         if not raw or (b"\n" not in raw and header.encode().startswith(raw)):
-            if is_main():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(header + "\n", encoding="utf-8")
+            write_text_atomic(path, header + "\n")
             return
         first, *lines = raw.split(b"\n")
         _check_same(path, first, json.loads(header)["search"])
@@ -287,10 +285,7 @@ class Trace:
         kept = asdict(evaluation)
         if evaluation.objective == math.inf:
             kept["objective"] = None
-        with self._path.open("ab+") as file:
-            file.seek(-1, os.SEEK_END)
-            owed = "" if file.read(1) == b"\n" else "\n"
-            file.write((owed + json.dumps(kept, allow_nan=False) + "\n").encode())
+        append_line(self._path, json.dumps(kept, allow_nan=False))
 
 
 def _check_same(path: Path, first: bytes, settings: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def make_models(data: Path, count: int, folder: Path) -> None:
         examples = [example(*pair, loss="all") for pair in pairs]
         model = copy.deepcopy(model).train()
         course = Course(epochs=EPOCHS, batch_size=4, learning_rate=3e-3, warmup=0.05)
-        losses = train_causal_lm(model, tokenizer, examples, course, progress=report).losses
+        losses = train_causal_lm(model, examples, course, progress=report).losses
         print(f"{name}: {len(examples)} passages, {EPOCHS} epochs, last loss {losses[-1]:.3f}", file=sys.stderr)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -53,7 +53,7 @@ def learn(items: list[Item], folder: Path, epochs: float, seed: int, progress: C
     pairs = [[tokenizer.encode(text) for text in (one.prompt, f" {one.target}")] for one in items]
     examples = [example(head, tail, loss="completion") for head, tail in pairs]
     course = Course(epochs=epochs, batch_size=16, learning_rate=2e-3, warmup=0.05, by_length=True)
-    losses = train_causal_lm(model, tokenizer, examples, course, seed=seed, progress=progress).losses
+    losses = train_causal_lm(model, examples, course, seed=seed, progress=progress).losses
     print(f"loss: {losses[0]:.2f} at first, {sum(losses[-10:]) / 10:.3f} at last", file=sys.stderr)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

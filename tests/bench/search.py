@@ -92,9 +92,9 @@ def quality_of(recipe: Any, corruption: dict[str, Any], folder: Path) -> float:
     from ecoprompt.registry import quiet
     from ecoprompt.results import Store
 
-    ((_, benchmark, forget_set, root),) = tables_of(recipe)
+    ((_, benchmark, forget_set),) = tables_of(recipe)
     apart = {"seed": recipe.seed, "held_out": recipe.optimize.held_out}
-    items = benchmark.items("forget", forget_set, root, None, **apart)
+    items = benchmark.items("forget", forget_set, recipe.root, None, **apart)
     gate = obtain_gate(recipe, recipe.gate, recipe.seed, folder)
     parameters = dict(corruption)
     method = parameters.pop("method")
