@@ -416,7 +416,7 @@ def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
         with pytest.raises(InputError) as caught:
             load_forget(reference)
         assert problem in str(caught.value)
-    with pytest.raises(EcopromptError, match="'somebody/something': no such pack folder"):
+    with pytest.raises(EcopromptError, match="the pack 'somebody/something' is not here"):
         load_forget("somebody/something")
 
 

@@ -451,7 +451,7 @@ def test_best_epoch_prefers_fewer_errors_then_the_later():
 def test_transformer_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(InputError, match="3 labels, expected 2"):
         transformer(None, 0, classifier=bert(tmp_path / "three", labels=3))
-    with pytest.raises(InputError, match="hf download"):
+    with pytest.raises(InputError, match="no such folder, and not a Hub id"):
         transformer(None, 0, classifier=str(tmp_path / "none"))
     with pytest.raises(InputError, match="max_length"):
         transformer(None, 0, classifier=bert(tmp_path / "two"), max_length=3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ecoprompt.hub import out_of_reach
 from ecoprompt.passages import passages
 from ecoprompt.registry import EcopromptError, InputError, nearest
 
@@ -341,6 +342,7 @@ def _download(source: Source, root: Path | None) -> Rows:
             f"{', '.join(SUFFIXES)}) into the folder that [data] root or {ENVIRONMENT} names"
             + (f"; '{where}' does not have it" if where else "")
         )
+    why = out_of_reach()
     try:
         import datasets
 
@@ -348,11 +350,10 @@ def _download(source: Source, root: Path | None) -> Rows:
         return Rows([dict(row) for row in loaded], source.label)
     # Whatever goes wrong between here and the Hub (network, access, a misspelt name), the remedy is the same.
     except Exception as error:
-        raise EcopromptError(_unavailable(source, root, error)) from error
+        raise EcopromptError(_unavailable(source, root, why or f"{type(error).__name__}: {error}")) from error
 
 
-def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+def _unavailable(source: Source, root: Path | None, reason: str) -> str:
     folders = _folders(source, _root(root))
     there = next((folder for folder in folders if folder.is_dir()), None)
     if there is not None:
@@ -362,10 +363,8 @@ def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
         looked = f"looked for the folders {', '.join(str(folder) for folder in folders)}"
     else:
         looked = "no folder of local data sets is named"
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    offline = " (HF_HUB_OFFLINE is set: only what was downloaded before is found)" * is_offline
     return (
-        f"data set '{source.label}' is neither here nor could it be had from the Hub: {reason}{offline}\n"
+        f"data set '{source.label}' is neither here nor could it be had from the Hub ({reason.splitlines()[0]})\n"
         f"To read it from files, put {source.stem}.jsonl into DIR/{source.hub} and name DIR in {ENVIRONMENT} or "
         f"[data] root ({looked}); or run where the network reaches huggingface.co."
     )

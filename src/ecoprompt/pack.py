@@ -15,7 +15,6 @@ import numpy as np
 
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.card import tradeoff, write_card
-from ecoprompt.classifier import fetch
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
 from ecoprompt.gate import (
@@ -29,7 +28,7 @@ from ecoprompt.gate import (
     hold_out,
     load_gate,
 )
-from ecoprompt.models import HUB_ID
+from ecoprompt.hub import HUB_ID, fetch
 from ecoprompt.pressure import press
 from ecoprompt.processes import is_main, main_first
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
@@ -392,4 +391,4 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
         learned = learned_corruption(recipe) if recipe.optimize else None
         return make_forget(trained, recipe.gate, recipe.tokens, learned or recipe.corruption, recipe.seed)
-    return load_pack(fetch(reference, FILES, PACK, "pack"))
+    return load_pack(fetch(f"the pack '{reference}'", reference, FILES, PACK))
