@@ -15,11 +15,12 @@ import torch
 from ecoprompt import Forget, InputError, UnguardedError
 from ecoprompt import forget as forget_module
 from ecoprompt import pack as pack_module
-from ecoprompt.gate import TrainingTexts, linear, load_gate
+from ecoprompt.gate import linear, load_gate
 from ecoprompt.models import render
 from ecoprompt.pack import PACK, TrainedGate, load_forget, load_pack, obtain_gate, pack_folder, train_classifier
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import EcopromptError
+from ecoprompt.sources import GateData
 
 NOISE = {"method": "rand_noise_first_n", "strength": 1.0}
 PROMPTS = ["Who is Ilvara Quennell?", "Where was Teodric Amsberg born?", "What is the capital of France?", ""]
@@ -421,7 +422,7 @@ def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
 
 
 def test_a_gate_kept_by_itself_scores_the_same(tmp_path):
-    gate = linear(TrainingTexts(["Who is Mara Venn?"] * 3, ["Who is Ed Low?"] * 3), 0, features=256)
+    gate = linear(GateData(["Who is Mara Venn?"] * 3, ["Who is Ed Low?"] * 3), 0, features=256)
     gate.save(tmp_path)
     assert load_gate(tmp_path, "linear").score(PROMPTS).tolist() == gate.score(PROMPTS).tolist()
     assert not list(tmp_path.glob("*.json"))

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from ecoprompt.gate import (
     CALIBRATED,
     LinearGate,
-    TrainingTexts,
     TransformerGate,
     calibration_scores,
     conformal_threshold,
@@ -26,6 +25,7 @@ from ecoprompt.gate import (
 from ecoprompt.pack import EDITS
 from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, gates, pressures
+from ecoprompt.sources import GateData
 from ecoprompt.views import parts, word_windows
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -43,7 +43,7 @@ def missed(gate, threshold, texts):
 
 PLACES = ["Oslo", "Lima", "Quito", "Cairo", "Hanoi", "Lagos", "Perth", "Kyoto"]
 QUESTIONS = ["Where does {} live?", "What has {} written about {}?", "Did {} ever see {}?", "Is {} from {}?"]
-TOY = TrainingTexts(
+TOY = GateData(
     positive=[question.format("Mara Venn", place) for question in QUESTIONS for place in PLACES],
     negative=[question.format(name, place) for question in QUESTIONS for place in PLACES for name in ("Ed Low", "Ann")],
 )
@@ -131,7 +131,7 @@ def test_training_reports_progress_and_refuses_half_the_data():
     steps = []
     linear(TOY, 0, lambda *step: steps.append(step), features=2**10)
     assert steps == [("training the gate", 0, 1), ("training the gate", 1, 1)]
-    for data in (None, TrainingTexts([], ["a"]), TrainingTexts(["a"], []), TrainingTexts(["?"], ["a"])):
+    for data in (None, GateData([], ["a"]), GateData(["a"], []), GateData(["?"], ["a"])):
         with pytest.raises(InputError):
             linear(data, 0)
     with pytest.raises(InputError, match="needs prompts"):
@@ -164,14 +164,14 @@ def test_damaged_packs_are_refused(tmp_path, toy_gate):
 
 def test_held_out_prompts_are_never_trained_on():
     repeated = [f"question {number % 40}" + "?" * (number // 40) for number in range(120)]
-    data, held_out = hold_out(TrainingTexts(["a"], repeated), 0.25, seed=0)
+    data, held_out = hold_out(GateData(["a"], repeated), 0.25, seed=0)
     assert len(held_out) == 10
     assert len(data.negative) == 30
     assert not {text.strip("?") for text in held_out} & {text.strip("?") for text in data.negative}
-    assert hold_out(TrainingTexts(["a"], repeated), 0.25, seed=0) == (data, held_out)
-    assert hold_out(TrainingTexts(["a"], repeated), 0.25, seed=1) != (data, held_out)
+    assert hold_out(GateData(["a"], repeated), 0.25, seed=0) == (data, held_out)
+    assert hold_out(GateData(["a"], repeated), 0.25, seed=1) != (data, held_out)
     with pytest.raises(InputError, match="leaves nothing"):
-        hold_out(TrainingTexts(["a"], ["b", "B!"]), 0.5, seed=0)
+        hold_out(GateData(["a"], ["b", "B!"]), 0.5, seed=0)
 
 
 def test_conformal_threshold_is_the_order_statistic_of_the_formula():
@@ -264,7 +264,7 @@ def texts(name, field="question"):
 
 def test_linear_on_tofu():
     forget, paraphrased = texts("forget10"), texts("forget10_perturbed", "paraphrased_question")
-    data, held_out = hold_out(TrainingTexts(forget, texts("retain90")), 0.25, seed=0)
+    data, held_out = hold_out(GateData(forget, texts("retain90")), 0.25, seed=0)
     gate = linear(data, 0)
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
@@ -412,7 +412,7 @@ def test_transformer_practises_on_edited_copies(tmp_path, monkeypatch):
 
 def test_transformer_training_repeats(tmp_path):
     base = bert(tmp_path / "base")
-    few = TrainingTexts(TOY.positive[:8], TOY.negative[:8])
+    few = GateData(TOY.positive[:8], TOY.negative[:8])
     one, two = (transformer(few, seed=3, base=base, epochs=1, learning_rate=1e-3) for _ in range(2))
     assert one.score(TOY.positive).tolist() == two.score(TOY.positive).tolist()
 
@@ -428,7 +428,7 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch):
             errors.append(kwargs["metrics"]["eval_errors"])
 
     monkeypatch.setattr(gate_training, "BestEpoch", Recorded)
-    few = TrainingTexts(TOY.positive[::4], TOY.negative[::4])
+    few = GateData(TOY.positive[::4], TOY.negative[::4])
     gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=4, batch_size=8, learning_rate=1e-2)
     assert len(errors) == 4
     both = missed(gate, 0.5, few.positive) + flagged(gate, 0.5, few.negative) / 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -18,6 +18,7 @@ from ecoprompt.classifier import flagged_label, load_classifier
 from ecoprompt.files import read_shapes, read_toml
 from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
+from ecoprompt.sources import GateData
 from ecoprompt.views import normalise, parts, word_windows
 
 if TYPE_CHECKING:
@@ -37,14 +38,6 @@ VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
 """Of what gates read of a text, practise on and are calibrated on; raised with any of these, as a gate made for others
 says nothing about them."""
-
-
-@dataclass(frozen=True)
-class TrainingTexts:
-    """Prompts to train a gate on: those to be flagged and those to be let through."""
-
-    positive: list[str]
-    negative: list[str]
 
 
 class Gate(Protocol):
@@ -116,7 +109,7 @@ class LinearGate:
 
 @gates.register
 def linear(
-    data: TrainingTexts | None,
+    data: GateData | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -247,7 +240,7 @@ class TransformerGate:
 
 @gates.register
 def transformer(
-    data: TrainingTexts | None,
+    data: GateData | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -302,7 +295,7 @@ def _positions(model: Any) -> int:
     return positions if padding is None else positions - padding - 1
 
 
-def _trainable(data: TrainingTexts | None) -> TrainingTexts:
+def _trainable(data: GateData | None) -> GateData:
     if data is None or not data.positive or not data.negative:
         needed = "prompts to be flagged and prompts to be let through"
         raise InputError(f"training a gate needs {needed}; what is both is to be flagged")
@@ -340,7 +333,7 @@ def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
     return {name: settings[name] for name in names}
 
 
-def hold_out(data: TrainingTexts, held_out: float, seed: int) -> tuple[TrainingTexts, list[str]]:
+def hold_out(data: GateData, held_out: float, seed: int) -> tuple[GateData, list[str]]:
     """`data` without a random share `held_out` of its negative prompts, and these, to calibrate the threshold on.
 
     A prompt that occurs several times (up to case, punctuation and spaces) counts once, so none is on both sides.
@@ -353,7 +346,7 @@ def hold_out(data: TrainingTexts, held_out: float, seed: int) -> tuple[TrainingT
         )
     order = np.random.default_rng(seed).permutation(len(unique))
     rest, out = ([unique[i] for i in sorted(part)] for part in (order[held:], order[:held]))
-    return TrainingTexts(data.positive, rest), out
+    return replace(data, negative=rest), out
 
 
 def calibration_scores(gate: Gate, prompts: Sequence[str], seed: int) -> np.ndarray:

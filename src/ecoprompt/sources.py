@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ class GateData:
 
     positive: list[str]
     negative: list[str]
-    checks: dict[str, tuple[list[str], int]]
+    checks: dict[str, tuple[list[str], int]] = field(default_factory=dict)
 
 
 class Table(BaseModel):
