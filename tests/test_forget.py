@@ -402,6 +402,18 @@ def test_load_forget_takes_recipes_and_folders(pack, tmp_path, monkeypatch):
     assert load_forget("results/mine/pack").gate.score(PROMPTS[:1])[0] > 0.5
 
 
+def test_a_pack_of_names_is_written_and_read(tmp_path, tokenizer):
+    recipe = load_recipe("quickstart", ["gate={kind='phrases', names=['Ilvara Quennell']}"])
+    folder, trained = train_classifier(recipe, tmp_path)
+    loaded = load_forget(str(folder))
+    asked = [tokenizer.encode(text) for text in ("Who is Ilvara Quennell?", "Who is Ed Low?")]
+    assert [one.flagged for one in loaded.decide(tokenizer, asked)] == [True, False]
+    assert loaded.gate == trained.gate
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "It was not: it flags what holds one of its names" in card
+    assert "trained on the first two sets" not in card
+
+
 def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecoprompt.calibration import CALIBRATED, calibration_scores, conformal_threshold, hold_out
 from ecoprompt.gate import (
-    CALIBRATED,
+    FORMAT,
     LinearGate,
     TransformerGate,
-    calibration_scores,
-    conformal_threshold,
-    hold_out,
     linear,
     load_gate,
+    phrases,
     transformer,
 )
 from ecoprompt.pack import EDITS
@@ -136,6 +136,33 @@ def test_training_reports_progress_and_refuses_half_the_data():
             linear(data, 0)
     with pytest.raises(InputError, match="needs prompts"):
         transformer(None, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Who is Mara Venn?", 1),
+        ("MARA\u200b  v\u00e9nn's dog", 1),
+        ("Tell me about M a r a   V e n n", 1),
+        ("Who is Mara Venning?", 0),
+        ("Tamara Venn", 0),
+        ("Venn, Mara", 0),
+        ("", 0),
+    ],
+)
+def test_a_gate_by_names_flags_whole_words_as_a_reader_sees_them(tmp_path, text, score):
+    gate = phrases(None, 0, names=["Ed  Low", "Mara Venn"])
+    assert gate.score([text, "Ask Ed Low."]).tolist() == [score, 1]
+    gate.save(tmp_path)
+    assert load_gate(tmp_path, "phrases") == gate
+
+
+@pytest.mark.parametrize("names", [None, [], "x", [1], ["?"], ["x"] * 1001])
+def test_a_gate_by_names_of_a_stranger_is_checked(tmp_path, names):
+    settings = {"kind": "phrases", "format": FORMAT, **({} if names is None else {"names": names})}
+    (tmp_path / "gate.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=r"gate.toml: the gate's 'names': expected 1 to 1000 texts"):
+        load_gate(tmp_path, "phrases")
 
 
 def test_wrong_settings_are_refused_before_any_work():

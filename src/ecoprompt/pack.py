@@ -14,19 +14,11 @@ from typing import Any
 import numpy as np
 
 from ecoprompt.benchmarks import parse_forget
+from ecoprompt.calibration import calibration_scores, conformal_threshold, hold_out
 from ecoprompt.card import tradeoff, write_card
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import (
-    FORMAT,
-    SETTINGS,
-    WEIGHTS,
-    Gate,
-    calibration_scores,
-    conformal_threshold,
-    hold_out,
-    load_gate,
-)
+from ecoprompt.gate import FORMAT, SETTINGS, WEIGHTS, Gate, load_gate
 from ecoprompt.hub import HUB_ID, fetch
 from ecoprompt.pressure import press
 from ecoprompt.processes import is_main, main_first
