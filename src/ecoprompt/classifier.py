@@ -10,7 +10,7 @@ from typing import Any
 
 from ecoprompt.files import CLASSIFIER, MOST_VOCABULARY, check_folder, read_json, read_shapes
 from ecoprompt.hub import fetch
-from ecoprompt.registry import InputError
+from ecoprompt.registry import InputError, first_line
 
 MOST_PARAMETERS = 2**31
 HEAD = 2**24
@@ -46,8 +46,8 @@ def load_classifier(name: str, **head: Any) -> tuple[Any, Any]:
         raise
     # Whatever a stranger's files make the loaders stumble over, these files are what is wrong.
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what} cannot be loaded ({said[:300]}); give one with safetensors weights") from None
+        said = first_line(error)[:300]
+        raise InputError(f"{what} cannot be loaded ({said}); give one with safetensors weights") from None
     if not head and (about["missing_keys"] or about["mismatched_keys"]):
         lacking = sorted(map(str, [*about["missing_keys"], *about["mismatched_keys"]]))
         raise InputError(f"{folder}: the weights lack {', '.join(lacking[:3])}, so this is no trained classifier")

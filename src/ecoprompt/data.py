@@ -161,10 +161,15 @@ def _is_text(value: object) -> bool:
         return False
 
 
+def shortened(value: object) -> str:
+    """A value as JSON of at most 60 letters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _show(value: object) -> str:
     """A value as JSON, shortened, with its kind."""
-    text = json.dumps(value, default=str)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = shortened(value)
     if value is None or isinstance(value, bool):
         return text
     return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"
@@ -273,15 +278,17 @@ def _read_json_lines(path: Path) -> Found:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f":{number}", f"found {_not_json(error)}, {expected}"
+                yield f":{number}", f"found {not_json(error)}, {expected}"
             else:
                 yield f":{number}", row if isinstance(row, dict) else f"found {_show(row)}, {expected}"
 
 
-def _not_json(error: Exception) -> str:
+def not_json(error: Exception) -> str:
+    """What was found where JSON could not be read."""
     if isinstance(error, json.JSONDecodeError):
         return f"text that is not JSON ({error.msg.lower().removesuffix(' at')} at column {error.colno})"
-    return "JSON that is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    why = "nested too deeply" if isinstance(error, RecursionError) else error
+    return f"JSON that cannot be read ({why})"
 
 
 def _read_json(path: Path) -> Found:
@@ -294,7 +301,7 @@ def _read_json(path: Path) -> Found:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise InputError(f"{path}:{line}: found {_not_json(error)}, expected a list of JSON objects") from None
+        raise InputError(f"{path}:{line}: found {not_json(error)}, expected a list of JSON objects") from None
     for number, value in enumerate(values, 1):
         yield _row(number), value if isinstance(value, dict) else f"found {_show(value)}, expected a JSON object"
 

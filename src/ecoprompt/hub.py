@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
-from ecoprompt.registry import EcopromptError, InputError
+from ecoprompt.registry import EcopromptError, InputError, first_line
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])", re.ASCII)
 PATIENCE = 5.0
@@ -64,5 +64,4 @@ def fetch(what: str, name: str, files: Iterable[str], needed: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     # The client raises errors of several libraries; whichever it is, the files are not to be had.
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EcopromptError(f"{what} is not to be had from the Hub: {said}") from error
+        raise EcopromptError(f"{what} is not to be had from the Hub: {first_line(error)}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ecoprompt.hub import check_at_hand
-from ecoprompt.registry import InputError, nearest, selectors
+from ecoprompt.registry import InputError, first_line, nearest, selectors
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -145,8 +145,7 @@ def _ner_pipeline(model: str) -> Any:
             model, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise InputError(f"{what} cannot be loaded ({said}); give one with safetensors weights") from None
+        raise InputError(f"{what} cannot be loaded ({first_line(error)}); give one with safetensors weights") from None
     if not tokenizer.is_fast:
         raise InputError(f"{what} has no fast tokenizer, so its entities have no positions")
     positions = getattr(classifier.config, "max_position_embeddings", 512)
