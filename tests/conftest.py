@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ecoprompt.hub import out_of_reach
+
 # Such small models gain nothing from a second thread, and lose much where another process has the core.
 torch.set_num_threads(1)
 
@@ -115,6 +117,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    out_of_reach.cache_clear()
 
 
 @pytest.fixture

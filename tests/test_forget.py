@@ -15,11 +15,12 @@ import torch
 from ecoprompt import Forget, InputError, UnguardedError
 from ecoprompt import forget as forget_module
 from ecoprompt import pack as pack_module
-from ecoprompt.gate import TrainingTexts, linear, load_gate
+from ecoprompt.gate import linear, load_gate
 from ecoprompt.models import render
 from ecoprompt.pack import PACK, TrainedGate, load_forget, load_pack, obtain_gate, pack_folder, train_classifier
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import EcopromptError
+from ecoprompt.sources import GateData
 
 NOISE = {"method": "rand_noise_first_n", "strength": 1.0}
 PROMPTS = ["Who is Ilvara Quennell?", "Where was Teodric Amsberg born?", "What is the capital of France?", ""]
@@ -401,6 +402,18 @@ def test_load_forget_takes_recipes_and_folders(pack, tmp_path, monkeypatch):
     assert load_forget("results/mine/pack").gate.score(PROMPTS[:1])[0] > 0.5
 
 
+def test_a_pack_of_names_is_written_and_read(tmp_path, tokenizer):
+    recipe = load_recipe("quickstart", ["gate={kind='phrases', names=['Ilvara Quennell']}"])
+    folder, trained = train_classifier(recipe, tmp_path)
+    loaded = load_forget(str(folder))
+    asked = [tokenizer.encode(text) for text in ("Who is Ilvara Quennell?", "Who is Ed Low?")]
+    assert [one.flagged for one in loaded.decide(tokenizer, asked)] == [True, False]
+    assert loaded.gate == trained.gate
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "It was not: it flags what holds one of its names" in card
+    assert "trained on the first two sets" not in card
+
+
 def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -416,12 +429,12 @@ def test_load_forget_names_what_is_wrong(tmp_path, monkeypatch, recipe):
         with pytest.raises(InputError) as caught:
             load_forget(reference)
         assert problem in str(caught.value)
-    with pytest.raises(EcopromptError, match="'somebody/something': no such pack folder"):
+    with pytest.raises(EcopromptError, match="the pack 'somebody/something' is not here"):
         load_forget("somebody/something")
 
 
 def test_a_gate_kept_by_itself_scores_the_same(tmp_path):
-    gate = linear(TrainingTexts(["Who is Mara Venn?"] * 3, ["Who is Ed Low?"] * 3), 0, features=256)
+    gate = linear(GateData(["Who is Mara Venn?"] * 3, ["Who is Ed Low?"] * 3), 0, features=256)
     gate.save(tmp_path)
     assert load_gate(tmp_path, "linear").score(PROMPTS).tolist() == gate.score(PROMPTS).tolist()
     assert not list(tmp_path.glob("*.json"))

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecoprompt.calibration import CALIBRATED, calibration_scores, conformal_threshold, hold_out
 from ecoprompt.gate import (
-    CALIBRATED,
+    FORMAT,
     LinearGate,
-    TrainingTexts,
     TransformerGate,
-    calibration_scores,
-    conformal_threshold,
-    hold_out,
     linear,
     load_gate,
+    phrases,
     transformer,
 )
 from ecoprompt.pack import EDITS
 from ecoprompt.pressure import press, rehearse
 from ecoprompt.registry import EcopromptError, InputError, gates, pressures
+from ecoprompt.sources import GateData
 from ecoprompt.views import parts, word_windows
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -43,7 +43,7 @@ def missed(gate, threshold, texts):
 
 PLACES = ["Oslo", "Lima", "Quito", "Cairo", "Hanoi", "Lagos", "Perth", "Kyoto"]
 QUESTIONS = ["Where does {} live?", "What has {} written about {}?", "Did {} ever see {}?", "Is {} from {}?"]
-TOY = TrainingTexts(
+TOY = GateData(
     positive=[question.format("Mara Venn", place) for question in QUESTIONS for place in PLACES],
     negative=[question.format(name, place) for question in QUESTIONS for place in PLACES for name in ("Ed Low", "Ann")],
 )
@@ -131,11 +131,38 @@ def test_training_reports_progress_and_refuses_half_the_data():
     steps = []
     linear(TOY, 0, lambda *step: steps.append(step), features=2**10)
     assert steps == [("training the gate", 0, 1), ("training the gate", 1, 1)]
-    for data in (None, TrainingTexts([], ["a"]), TrainingTexts(["a"], []), TrainingTexts(["?"], ["a"])):
+    for data in (None, GateData([], ["a"]), GateData(["a"], []), GateData(["?"], ["a"])):
         with pytest.raises(InputError):
             linear(data, 0)
     with pytest.raises(InputError, match="needs prompts"):
         transformer(None, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Who is Mara Venn?", 1),
+        ("MARA\u200b  v\u00e9nn's dog", 1),
+        ("Tell me about M a r a   V e n n", 1),
+        ("Who is Mara Venning?", 0),
+        ("Tamara Venn", 0),
+        ("Venn, Mara", 0),
+        ("", 0),
+    ],
+)
+def test_a_gate_by_names_flags_whole_words_as_a_reader_sees_them(tmp_path, text, score):
+    gate = phrases(None, 0, names=["Ed  Low", "Mara Venn"])
+    assert gate.score([text, "Ask Ed Low."]).tolist() == [score, 1]
+    gate.save(tmp_path)
+    assert load_gate(tmp_path, "phrases") == gate
+
+
+@pytest.mark.parametrize("names", [None, [], "x", [1], ["?"], ["x"] * 1001])
+def test_a_gate_by_names_of_a_stranger_is_checked(tmp_path, names):
+    settings = {"kind": "phrases", "format": FORMAT, **({} if names is None else {"names": names})}
+    (tmp_path / "gate.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=r"gate.toml: the gate's 'names': expected 1 to 1000 texts"):
+        load_gate(tmp_path, "phrases")
 
 
 def test_wrong_settings_are_refused_before_any_work():
@@ -164,14 +191,14 @@ def test_damaged_packs_are_refused(tmp_path, toy_gate):
 
 def test_held_out_prompts_are_never_trained_on():
     repeated = [f"question {number % 40}" + "?" * (number // 40) for number in range(120)]
-    data, held_out = hold_out(TrainingTexts(["a"], repeated), 0.25, seed=0)
+    data, held_out = hold_out(GateData(["a"], repeated), 0.25, seed=0)
     assert len(held_out) == 10
     assert len(data.negative) == 30
     assert not {text.strip("?") for text in held_out} & {text.strip("?") for text in data.negative}
-    assert hold_out(TrainingTexts(["a"], repeated), 0.25, seed=0) == (data, held_out)
-    assert hold_out(TrainingTexts(["a"], repeated), 0.25, seed=1) != (data, held_out)
+    assert hold_out(GateData(["a"], repeated), 0.25, seed=0) == (data, held_out)
+    assert hold_out(GateData(["a"], repeated), 0.25, seed=1) != (data, held_out)
     with pytest.raises(InputError, match="leaves nothing"):
-        hold_out(TrainingTexts(["a"], ["b", "B!"]), 0.5, seed=0)
+        hold_out(GateData(["a"], ["b", "B!"]), 0.5, seed=0)
 
 
 def test_conformal_threshold_is_the_order_statistic_of_the_formula():
@@ -264,7 +291,7 @@ def texts(name, field="question"):
 
 def test_linear_on_tofu():
     forget, paraphrased = texts("forget10"), texts("forget10_perturbed", "paraphrased_question")
-    data, held_out = hold_out(TrainingTexts(forget, texts("retain90")), 0.25, seed=0)
+    data, held_out = hold_out(GateData(forget, texts("retain90")), 0.25, seed=0)
     gate = linear(data, 0)
     assert gate.score(["Who is Hsiao Yun-Hwa?"])[0] > 0.9
     assert gate.score(["Where would you find the Eiffel Tower?"])[0] < 0.1
@@ -412,7 +439,7 @@ def test_transformer_practises_on_edited_copies(tmp_path, monkeypatch):
 
 def test_transformer_training_repeats(tmp_path):
     base = bert(tmp_path / "base")
-    few = TrainingTexts(TOY.positive[:8], TOY.negative[:8])
+    few = GateData(TOY.positive[:8], TOY.negative[:8])
     one, two = (transformer(few, seed=3, base=base, epochs=1, learning_rate=1e-3) for _ in range(2))
     assert one.score(TOY.positive).tolist() == two.score(TOY.positive).tolist()
 
@@ -428,7 +455,7 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch):
             errors.append(kwargs["metrics"]["eval_errors"])
 
     monkeypatch.setattr(gate_training, "BestEpoch", Recorded)
-    few = TrainingTexts(TOY.positive[::4], TOY.negative[::4])
+    few = GateData(TOY.positive[::4], TOY.negative[::4])
     gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=4, batch_size=8, learning_rate=1e-2)
     assert len(errors) == 4
     both = missed(gate, 0.5, few.positive) + flagged(gate, 0.5, few.negative) / 24
@@ -451,7 +478,7 @@ def test_best_epoch_prefers_fewer_errors_then_the_later():
 def test_transformer_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(InputError, match="3 labels, expected 2"):
         transformer(None, 0, classifier=bert(tmp_path / "three", labels=3))
-    with pytest.raises(InputError, match="hf download"):
+    with pytest.raises(InputError, match="no such folder, and not a Hub id"):
         transformer(None, 0, classifier=str(tmp_path / "none"))
     with pytest.raises(InputError, match="max_length"):
         transformer(None, 0, classifier=bert(tmp_path / "two"), max_length=3)

@@ -490,6 +490,14 @@ def test_a_compiled_model_is_refused(model, tokenizer, forget):
     assert without_trace(model)
 
 
+def test_code_compiled_before_is_made_anew_inside_and_after(model, tokenizer, forget, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: dropped.append(True))
+    with guard(model, tokenizer, forget):
+        assert len(dropped) == 1
+    assert len(dropped) == 2
+
+
 def test_a_model_without_generate_is_guarded(model, tokenizer, forget):
     inputs = batch(tokenizer, [SECRET, PLAIN])
     with torch.no_grad():

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_gate import TOY, roberta
 from typer.testing import CliRunner
 
-from ecoprompt import classifier as classifier_module
+from ecoprompt import hub
 from ecoprompt.cli import app
 from ecoprompt.gate import transformer
 from ecoprompt.pack import FILES, PACK, TrainedGate, load_forget, save_pack, train_classifier
@@ -427,7 +427,7 @@ def test_labels_are_read_the_right_way_round(made, tmp_path, labels, flagged):
 
 @pytest.mark.parametrize("reference", ["../evil/pack", "a/../b", "a/b/c", "https://x/y", "a/b\x1b[2J", "/no/such/pack"])
 def test_a_name_that_is_no_hub_id_never_reaches_the_hub(reference, monkeypatch):
-    monkeypatch.setattr(classifier_module, "out_of_reach", lambda *names: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub, "out_of_reach", lambda: pytest.fail("asked the Hub"))
     with pytest.raises(InputError):
         load_forget(reference)
 
@@ -436,7 +436,7 @@ def test_only_the_files_of_a_pack_are_fetched(monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = {}
-    monkeypatch.setattr(classifier_module, "out_of_reach", lambda *names: None)
+    monkeypatch.setattr(hub, "out_of_reach", lambda: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or str(tmp_path))
     with pytest.raises(InputError, match="forget.toml"):
         load_forget("somebody/pack")

@@ -19,6 +19,7 @@ ORDER = (
         "registry",
         "processes",
         "files",
+        "hub",
         "zeroth",
         "searches",
         "template",
@@ -55,6 +56,7 @@ ORDER = (
         "gate_training",
         "classifier",
         "gate",
+        "calibration",
         "forget",
         "verdicts",
         "card",
@@ -77,9 +79,9 @@ ORDER = (
     + ["chat", "terminal", "printing", "cli"]
 )
 """DESIGN, section 3: a module imports only from those before it. `gate_training`, `classifier`, `sweep`, `sources`,
-`card`, `turns`, `verdicts`, `calls`, `learning`, `lessons`, `checkpoints` and `sophia` are parts of modules
-that follow them, `template` of what makes prompts, `files` of what reads a pack, `similarity` of the metrics,
-`passages` of the data, `planning` and `printing` of the commands."""
+`calibration`, `card`, `turns`, `verdicts`, `calls`, `learning`, `lessons`, `checkpoints` and `sophia` are parts of
+modules that follow them, `template` of what makes prompts, `files` of what reads a pack, `hub` of the models and the
+data, `similarity` of the metrics, `passages` of the data, `planning` and `printing` of the commands."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 HEAVY = ["torch", "transformers", "sklearn", "spacy", "datasets"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ecoprompt.registry import InputError, selectors
+from ecoprompt.registry import EcopromptError, InputError, selectors
 from ecoprompt.tokens import mask
 
 NAME = "Hsiao Yun-Hwa"
@@ -192,5 +192,7 @@ def test_ner_refuses_labels_that_its_model_never_gives(ner_model):
 
 
 def test_a_missing_ner_model_is_named_with_how_to_get_it(tmp_path):
-    with pytest.raises(InputError, match="hf download"):
+    with pytest.raises(InputError, match=r"none': no such folder"):
         found("ner", "text", model=str(tmp_path / "none"))
+    with pytest.raises(EcopromptError, match="'nobody/ner' is not here.*hf download nobody/ner"):
+        found("ner", "text", model="nobody/ner")

@@ -86,6 +86,7 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
         "settings": markdown_table([["part", "setting"], *_settings(pack)]),
         "training": _training(trained, gate),
         "threshold": f"{gate['threshold']:.6g}",
+        "taught": gate["kind"] != "phrases",
         "measured": markdown_table(gate_cells(measured)) if measured else "Not measured.",
         "plot": PLOT if plotted else "",
     }
@@ -118,6 +119,8 @@ def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
     how = f"{', '.join(said)}."
     if settings.get("classifier"):
         how = f"It was not: it is the classifier `{settings['classifier']}`, published by others, as it stands."
+    if gate["kind"] == "phrases":
+        how = f"It was not: it flags what holds one of its names as whole words ({_listed(settings)})."
     if not calibration:
         return f"{how} The threshold was set by hand."
     return (
@@ -153,7 +156,7 @@ def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | Non
 
 def gate_notes(recipe: Recipe) -> list[str]:
     """What is to be known before its error rates are believed of a gate that the recipe trained."""
-    if recipe.data is None or recipe.gate.parameters.get("classifier"):
+    if recipe.data is None or recipe.gate.parameters.get("classifier") or recipe.gate.kind == "phrases":
         return []
     texts = parse_forget(recipe.data.forget)[0].gate_sources().positive
     alone = all(one.field in ("first_sentence", "text") for one in texts)

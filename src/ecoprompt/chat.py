@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ecoprompt.data import not_json, shortened
 from ecoprompt.forget import Forget
 from ecoprompt.guard import Guard
 from ecoprompt.models import Loaded, encode, pad, render
@@ -252,26 +253,19 @@ def _record(raw: bytes, jsonl: bool) -> dict[str, Any] | None:
         return {"prompt": line}
     if not line:
         return None
+    expected = "expected an object with a text under 'prompt'"
     try:
         record = json.loads(line)
         to_json(record).encode()
-    except json.JSONDecodeError as error:
-        found = f"text that is not JSON ({error.msg.lower()} at column {error.colno})"
-        raise InputError(f"found {found}, expected an object with a text under 'prompt'") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"found JSON that cannot be read ({error}), expected an object with a 'prompt'") from None
+        raise InputError(f"found {not_json(error)}, {expected}") from None
     if not isinstance(record, dict):
-        raise InputError(f"found {_short(record)}, expected an object with a text under 'prompt'")
+        raise InputError(f"found {shortened(record)}, {expected}")
     if "prompt" not in record:
         raise InputError(f"found no key 'prompt' among {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(record["prompt"], str):
-        raise InputError(f"'prompt': found {_short(record['prompt'])}, expected a text")
+        raise InputError(f"'prompt': found {shortened(record['prompt'])}, expected a text")
     return record
-
-
-def _short(value: Any) -> str:
-    text = to_json(value, indent=None)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _waiting(lines: Iterable[bytes], most: int) -> Iterator[list[bytes]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ecoprompt.files import CLASSIFIER, MOST_VOCABULARY, check_folder, read_json, read_shapes
-from ecoprompt.models import HUB_ID, out_of_reach
-from ecoprompt.registry import EcopromptError, InputError
+from ecoprompt.hub import fetch
+from ecoprompt.registry import InputError, first_line
 
 MOST_PARAMETERS = 2**31
 HEAD = 2**24
@@ -19,26 +19,6 @@ _CODE = ("auto_map", "custom_pipelines", "quantization_config", "transformers_we
 """Keys of a config.json with which transformers would run a repository's code, fetch kernels or open other files."""
 _FORGET = {"1", "forget", "forgotten", "label_1", "unlearn"}
 _RETAIN = {"0", "keep", "kept", "label_0", "retain", "retained"}
-
-
-def fetch(name: str, files: Iterable[str], needed: str, what: str) -> Path:
-    """The folder of a snapshot of a Hub repository with these of its files and no others; `what` it should be."""
-    if not HUB_ID.fullmatch(name):
-        raise InputError(f"'{name}': no such {what} folder, and not a Hub id (NAME/ID)")
-    reason = out_of_reach(name, needed)
-    if reason is not None:
-        raise EcopromptError(
-            f"'{name}': no such {what} folder, and the Hub cannot be reached ({reason}); download the {what} where "
-            f"there is a network (`hf download {name}`)"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    # The client raises errors of several libraries; whichever it is, the files are not to be had.
-    except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EcopromptError(f"'{name}': no such {what} folder, and not to be had from the Hub: {said}") from error
 
 
 def load_classifier(name: str, **head: Any) -> tuple[Any, Any]:
@@ -50,10 +30,8 @@ def load_classifier(name: str, **head: Any) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    try:
-        folder = Path(name) if Path(name).is_dir() else fetch(name, CLASSIFIER, "config.json", "classifier")
-    except EcopromptError as error:
-        raise _unloadable(name, error) from None
+    what = f"the gate's classifier '{name}'"
+    folder = Path(name) if Path(name).is_dir() else fetch(what, name, CLASSIFIER, "config.json")
     check(folder, labelled=not head)
     transformers.utils.logging.disable_progress_bar()
     safe = {"trust_remote_code": False, "local_files_only": True}
@@ -68,21 +46,14 @@ def load_classifier(name: str, **head: Any) -> tuple[Any, Any]:
         raise
     # Whatever a stranger's files make the loaders stumble over, these files are what is wrong.
     except Exception as error:
-        raise _unloadable(name, error) from None
+        said = first_line(error)[:300]
+        raise InputError(f"{what} cannot be loaded ({said}); give one with safetensors weights") from None
     if not head and (about["missing_keys"] or about["mismatched_keys"]):
         lacking = sorted(map(str, [*about["missing_keys"], *about["mismatched_keys"]]))
         raise InputError(f"{folder}: the weights lack {', '.join(lacking[:3])}, so this is no trained classifier")
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise InputError(f"{folder}: found weights that are not finite numbers")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def _unloadable(name: str, error: Exception) -> InputError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(
-        f"the gate's classifier '{name}' cannot be loaded ({said[:300]}): get it with 'hf download {name}' where there "
-        "is a network, or give the folder of one with safetensors weights"
-    )
 
 
 def check(folder: Path, labelled: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import os
 import signal
 import sys
@@ -94,8 +95,6 @@ def _command(function: F) -> F:
             terminal.fail(*told)
 
     # Typer reads the parameters off the signature that functools.wraps copied; these two are every command's.
-    import inspect
-
     signature = inspect.signature(function, eval_str=True)
     parameters = [
         *signature.parameters.values(),

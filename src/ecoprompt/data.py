@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ecoprompt.hub import out_of_reach
 from ecoprompt.passages import passages
 from ecoprompt.registry import EcopromptError, InputError, nearest
 
@@ -174,10 +175,15 @@ def _is_text(value: object) -> bool:
         return False
 
 
+def shortened(value: object) -> str:
+    """A value as JSON of at most 60 letters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _show(value: object) -> str:
     """A value as JSON, shortened, with its kind."""
-    text = json.dumps(value, default=str)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = shortened(value)
     if value is None or isinstance(value, bool):
         return text
     return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"
@@ -286,15 +292,17 @@ def _read_json_lines(path: Path) -> Found:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f":{number}", f"found {_not_json(error)}, {expected}"
+                yield f":{number}", f"found {not_json(error)}, {expected}"
             else:
                 yield f":{number}", row if isinstance(row, dict) else f"found {_show(row)}, {expected}"
 
 
-def _not_json(error: Exception) -> str:
+def not_json(error: Exception) -> str:
+    """What was found where JSON could not be read."""
     if isinstance(error, json.JSONDecodeError):
         return f"text that is not JSON ({error.msg.lower().removesuffix(' at')} at column {error.colno})"
-    return "JSON that is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    why = "nested too deeply" if isinstance(error, RecursionError) else error
+    return f"JSON that cannot be read ({why})"
 
 
 def _read_json(path: Path) -> Found:
@@ -307,7 +315,7 @@ def _read_json(path: Path) -> Found:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise InputError(f"{path}:{line}: found {_not_json(error)}, expected a list of JSON objects") from None
+        raise InputError(f"{path}:{line}: found {not_json(error)}, expected a list of JSON objects") from None
     for number, value in enumerate(values, 1):
         yield _row(number), value if isinstance(value, dict) else f"found {_show(value)}, expected a JSON object"
 
@@ -355,6 +363,7 @@ def _download(source: Source, root: Path | None) -> Rows:
             f"{', '.join(SUFFIXES)}) into the folder that [data] root or {ENVIRONMENT} names"
             + (f"; '{where}' does not have it" if where else "")
         )
+    why = out_of_reach()
     try:
         import datasets
 
@@ -362,11 +371,10 @@ def _download(source: Source, root: Path | None) -> Rows:
         return Rows([dict(row) for row in loaded], source.label)
     # Whatever goes wrong between here and the Hub (network, access, a misspelt name), the remedy is the same.
     except Exception as error:
-        raise EcopromptError(_unavailable(source, root, error)) from error
+        raise EcopromptError(_unavailable(source, root, why or f"{type(error).__name__}: {error}")) from error
 
 
-def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+def _unavailable(source: Source, root: Path | None, reason: str) -> str:
     folders = _folders(source, _root(root))
     there = next((folder for folder in folders if folder.is_dir()), None)
     if there is not None:
@@ -376,10 +384,8 @@ def _unavailable(source: Source, root: Path | None, error: Exception) -> str:
         looked = f"looked for the folders {', '.join(str(folder) for folder in folders)}"
     else:
         looked = "no folder of local data sets is named"
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    offline = " (HF_HUB_OFFLINE is set: only what was downloaded before is found)" * is_offline
     return (
-        f"data set '{source.label}' is neither here nor could it be had from the Hub: {reason}{offline}\n"
+        f"data set '{source.label}' is neither here nor could it be had from the Hub ({reason.splitlines()[0]})\n"
         f"To read it from files, put {source.stem}.jsonl into DIR/{source.hub} and name DIR in {ENVIRONMENT} or "
         f"[data] root ({looked}); or run where the network reaches huggingface.co."
     )

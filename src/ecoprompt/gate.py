@@ -1,4 +1,4 @@
-"""Gates: classifiers that say how likely a prompt asks about what must be forgotten, and their thresholds."""
+"""Gates: classifiers that say how likely a prompt asks about what must be forgotten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -16,8 +15,10 @@ from pydantic import Field
 
 from ecoprompt.classifier import flagged_label, load_classifier
 from ecoprompt.files import read_shapes, read_toml
-from ecoprompt.pressure import press, rehearse
+from ecoprompt.pressure import rehearse
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
+from ecoprompt.sources import GateData
+from ecoprompt.tokens import Names
 from ecoprompt.views import normalise, parts, word_windows
 
 if TYPE_CHECKING:
@@ -31,20 +32,11 @@ SETTINGS, WEIGHTS = "gate.toml", "gate.safetensors"
 LIMITS = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2**20, "batch_size": 2**12}
 """Past these a saved gate's settings would take a machine's memory for one long prompt."""
 MOST_FEATURES = 2**26
-CALIBRATED = ("typos", "no_punctuation", "random_prefix", "composite")
-"""The pressures under which a threshold is calibrated, beside the plain prompts."""
+MOST_NAMES = 1000
 VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
 """Of what gates read of a text, practise on and are calibrated on; raised with any of these, as a gate made for others
 says nothing about them."""
-
-
-@dataclass(frozen=True)
-class TrainingTexts:
-    """Prompts to train a gate on: those to be flagged and those to be let through."""
-
-    positive: list[str]
-    negative: list[str]
 
 
 class Gate(Protocol):
@@ -116,7 +108,7 @@ class LinearGate:
 
 @gates.register
 def linear(
-    data: TrainingTexts | None,
+    data: GateData | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -172,6 +164,43 @@ def _ngrams(windows: Sequence[str], word_ngrams: int, char_ngrams: int, features
     words = vectorizer(token_pattern=r"\S+", ngram_range=(1, word_ngrams))
     letters = vectorizer(analyzer="char_wb", ngram_range=(3, char_ngrams))
     return hstack([words.transform(windows), letters.transform(windows)], format="csr")
+
+
+@dataclass(frozen=True)
+class PhraseGate:
+    """Certain of a text in which one of `names` stands as whole words, folded as a reader sees them."""
+
+    names: list[str]
+    kind: ClassVar[str] = "phrases"
+
+    def __post_init__(self) -> None:
+        named = isinstance(self.names, list) and all(isinstance(one, str) and normalise(one) for one in self.names)
+        if not named or not 1 <= len(self.names) <= MOST_NAMES:
+            raise InputError(f"the gate's 'names': expected 1 to {MOST_NAMES} texts, each with a letter or a digit")
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """[N] scores, each 1 or 0."""
+        names = [f" {normalise(name)} " for name in self.names]
+        folded = [f" {normalise(text)} " for text in texts]
+        return np.array([float(any(name in text for name in names)) for text in folded])
+
+    def save(self, folder: Path) -> None:
+        """Write the names (TOML)."""
+        _save_settings(self, folder, ["names"])
+
+    @classmethod
+    def load(cls, folder: Path) -> PhraseGate:
+        """The gate that `save` wrote to `folder`. Raises InputError if it is damaged."""
+        try:
+            return cls(**_settings(folder, cls.kind, ["names"]))
+        except InputError as error:
+            raise InputError(f"{folder / SETTINGS}: {error}") from None
+
+
+@gates.register
+def phrases(data: GateData | None, seed: int, progress: Progress = quiet, *, names: Names) -> PhraseGate:
+    """Not trained: flags where `names` occur as whole words, whatever their case, accents and look-alikes."""
+    return PhraseGate(names)
 
 
 class TransformerGate:
@@ -247,7 +276,7 @@ class TransformerGate:
 
 @gates.register
 def transformer(
-    data: TrainingTexts | None,
+    data: GateData | None,
     seed: int,
     progress: Progress = quiet,
     *,
@@ -302,14 +331,14 @@ def _positions(model: Any) -> int:
     return positions if padding is None else positions - padding - 1
 
 
-def _trainable(data: TrainingTexts | None) -> TrainingTexts:
+def _trainable(data: GateData | None) -> GateData:
     if data is None or not data.positive or not data.negative:
         needed = "prompts to be flagged and prompts to be let through"
         raise InputError(f"training a gate needs {needed}; what is both is to be flagged")
     return data
 
 
-LOADERS: dict[str, Callable[[Path], Gate]] = {"linear": LinearGate.load, "transformer": TransformerGate.load}
+LOADERS: dict[str, Callable[[Path], Gate]] = {one.kind: one.load for one in (LinearGate, PhraseGate, TransformerGate)}
 
 
 def load_gate(folder: Path, kind: str) -> Gate:
@@ -325,52 +354,19 @@ def _save_settings(gate: Gate, folder: Path, names: Sequence[str]) -> None:
     (folder / SETTINGS).write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 
-def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, int]:
-    """The whole numbers `names` of a saved gate of that kind, if it is of today's format."""
+def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, Any]:
+    """The settings `names` of a saved gate of that kind, if it is of today's format; its numbers are within LIMITS."""
     path = folder / SETTINGS
     settings = read_toml(path, "not the settings of a gate: ")
     if settings.get("kind") != kind:
         raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
-    wrong = [name for name in names if type(settings.get(name)) is not int or not 1 <= settings[name] <= LIMITS[name]]
-    if wrong:
-        found = [(f"'{name}': found {settings.get(name)!r:.40}", LIMITS[name]) for name in wrong]
-        raise InputError(*(f"{path}: {said}, expected a number from 1 to {most}" for said, most in found))
+    problems = [
+        f"{path}: '{name}': found {settings.get(name)!r:.40}, expected a number from 1 to {LIMITS[name]}"
+        for name in LIMITS.keys() & names
+        if type(settings.get(name)) is not int or not 1 <= settings[name] <= LIMITS[name]
+    ]
+    if problems:
+        raise InputError(*problems)
     if settings.get("format", 1) != FORMAT:
         raise InputError(f"{path}: made by another version of ecoprompt, which reads texts otherwise; train it again")
-    return {name: settings[name] for name in names}
-
-
-def hold_out(data: TrainingTexts, held_out: float, seed: int) -> tuple[TrainingTexts, list[str]]:
-    """`data` without a random share `held_out` of its negative prompts, and these, to calibrate the threshold on.
-
-    A prompt that occurs several times (up to case, punctuation and spaces) counts once, so none is on both sides.
-    """
-    unique = list({normalise(text) or text: text for text in data.negative}.values())
-    held = round(held_out * len(unique))
-    if not 0 < held < len(unique):
-        raise InputError(
-            f"'held_out': a share of {held_out} of {len(unique)} different prompts leaves nothing on one side"
-        )
-    order = np.random.default_rng(seed).permutation(len(unique))
-    rest, out = ([unique[i] for i in sorted(part)] for part in (order[held:], order[:held]))
-    return TrainingTexts(data.positive, rest), out
-
-
-def calibration_scores(gate: Gate, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """[N] the highest score of each prompt as it is and under the pressures CALIBRATED, so that every view counts."""
-    forms = [press(name, text, seed) for name in (None, *CALIBRATED) for text in prompts]
-    highest: np.ndarray = np.asarray(gate.score(forms)).reshape(-1, len(prompts)).max(axis=0)
-    return highest
-
-
-def conformal_threshold(negative_scores: np.ndarray, false_positive_rate: float) -> float:
-    """The ceil((n + 1)(1 - a))-th smallest of n held-out scores: a new prompt scores higher with probability <= a.
-
-    Split conformal prediction (Vovk et al., 2005); it holds on average over exchangeable prompts. Raises InputError
-    if n < 1/a - 1, as then no score is high enough.
-    """
-    # In decimal fractions, as 1 - a is not exact in floating point and the rank must not be off by one.
-    rate, n = Fraction(str(float(false_positive_rate))), len(negative_scores)
-    if n < (needed := math.ceil(1 / rate) - 1):
-        raise InputError(f"'false_positive_rate': {false_positive_rate} needs {needed} held-out prompts, found {n}")
-    return float(np.sort(negative_scores)[math.ceil((n + 1) * (1 - rate)) - 1])
+    return {name: settings.get(name) for name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -345,10 +344,9 @@ class Guard:
 
 def _drop_compiled() -> None:
     """Have compiled code made anew when it is called next: hooks that came or went since would be passed over."""
-    if "torch._dynamo" in sys.modules:
-        import torch
+    import torch
 
-        torch.compiler.reset()
+    torch.compiler.reset()
 
 
 def _refuse_batching(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import os
-import re
-import socket
 import tomllib
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecoprompt import processes
+from ecoprompt.hub import HUB_ID, check_at_hand
 from ecoprompt.registry import EcopromptError, InputError, nearest
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """For a model whose tokenizer has no chat template: what was said, line by line, and nothing else."""
-
-HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,9 @@ def resolve(name: str) -> Place:
 def locate(name: str) -> Place:
     """Where a model is; raises EcopromptError at once if only the Hub has it and the Hub is out of reach."""
     place = resolve(name)
-    reason = None if Path(place.model).is_dir() else out_of_reach(place.model, "config.json")
-    if reason is not None:
+    if not Path(place.model).is_dir():
         hint = "" if name in aliases() else f"; {nearest(name, aliases())}"
-        raise EcopromptError(
-            f"model '{name}' is not here and the Hub cannot be reached ({reason}); download it where there is "
-            f"a network (`hf download {place.model}`), or name a folder or an alias{hint}"
-        )
+        check_at_hand(f"model '{name}'", place.model, instead=f"name a folder or an alias{hint}")
     return place
 
 
@@ -191,23 +182,6 @@ def _attention(place: str, dtype: str, options: Mapping[str, Any]) -> str | None
 def _template(given: str | None) -> str | None:
     """A chat template given as such, or by the alias whose template it is."""
     return aliases()[given].get("chat_template") if given is not None and given in aliases() else given
-
-
-def out_of_reach(repository: str, file: str) -> str | None:
-    """Why a file of the Hub cannot be had, if it is not cached either; the Hub's client would try for a minute."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if try_to_load_from_cache(repository, file) is not None:
-        return None
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-    try:
-        if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set"
-        if not os.environ.get("HTTPS_PROXY", os.environ.get("https_proxy")):
-            socket.getaddrinfo(host, 443)
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _explain(name: str, place: str, error: Exception) -> EcopromptError:

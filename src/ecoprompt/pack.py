@@ -14,23 +14,13 @@ from typing import Any
 import numpy as np
 
 from ecoprompt.benchmarks import parse_forget
+from ecoprompt.calibration import calibration_scores, conformal_threshold, hold_out
 from ecoprompt.card import tradeoff, write_card
-from ecoprompt.classifier import fetch
 from ecoprompt.data import told_together
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import (
-    FORMAT,
-    SETTINGS,
-    WEIGHTS,
-    Gate,
-    TrainingTexts,
-    calibration_scores,
-    conformal_threshold,
-    hold_out,
-    load_gate,
-)
-from ecoprompt.models import HUB_ID
+from ecoprompt.gate import FORMAT, SETTINGS, WEIGHTS, Gate, load_gate
+from ecoprompt.hub import HUB_ID, fetch
 from ecoprompt.pressure import press
 from ecoprompt.processes import is_main, main_first
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
@@ -217,40 +207,39 @@ def _gate_data(recipe: Recipe) -> GateData:
     return without_overlap(replace(data, checks=checks))
 
 
-def _make_gate(table: GateTable, texts: TrainingTexts | None, seed: int, progress: Progress) -> Gate:
-    gate: Gate = gates[table.kind](texts, seed, progress, **table.parameters)
+def _make_gate(table: GateTable, data: GateData | None, seed: int, progress: Progress) -> Gate:
+    gate: Gate = gates[table.kind](data, seed, progress, **table.parameters)
     return gate
 
 
 def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> TrainedGate:
-    texts = TrainingTexts(data.positive, data.negative)
     held_out: list[str] = []
     about: dict[str, Any] = {"settings": {k: v for k, v in table.parameters.items() if v is not None}}
     if isinstance(table.threshold, Calibration):
-        texts, held_out = hold_out(texts, table.threshold.held_out, seed)
+        data, held_out = hold_out(data, table.threshold.held_out, seed)
         conformal_threshold(np.zeros(len(held_out)), table.threshold.false_positive_rate)  # too few? say so at once
         about |= {"calibration": table.threshold.model_dump(), "held_out": len(held_out)}
     started = time.perf_counter()
-    gate = _make_gate(table, texts, seed, progress)
-    about |= {"positive": len(texts.positive), "negative": len(texts.negative)}
+    gate = _make_gate(table, data, seed, progress)
+    about |= {"positive": len(data.positive), "negative": len(data.negative)}
     about["seconds"] = round(time.perf_counter() - started, 2)
     if isinstance(table.threshold, Calibration):
         calibrated_on = calibration_scores(gate, held_out, seed)
         threshold = conformal_threshold(calibrated_on, table.threshold.false_positive_rate)
     else:
         threshold = table.threshold
-    measured, scores = _measure(gate, threshold, _sets(texts, held_out, data, seed), progress)
+    measured, scores = _measure(gate, threshold, _sets(data, held_out, seed), progress)
     return TrainedGate(gate, threshold, measured, {"trained": about, "tradeoff": tradeoff(scores, threshold)})
 
 
-def _sets(texts: TrainingTexts, held_out: list[str], data: GateData, seed: int) -> dict[str, tuple[list[str], int]]:
+def _sets(data: GateData, held_out: list[str], seed: int) -> dict[str, tuple[list[str], int]]:
     """The sets of prompts that a gate is measured on, by name, each with its label."""
-    sets: dict[str, tuple[list[str], int]] = {"forget set": (texts.positive, 1), RETAIN_SET: (texts.negative, 0)}
+    sets: dict[str, tuple[list[str], int]] = {"forget set": (data.positive, 1), RETAIN_SET: (data.negative, 0)}
     if held_out:
         sets["retain set, held out"] = (held_out, 0)
     sets |= {name.replace("_", " "): check for name, check in data.checks.items()}
     for name in EDITS:
-        sets[f"forget set, {name.replace('_', ' ')}"] = [press(name, text, seed) for text in texts.positive], 1
+        sets[f"forget set, {name.replace('_', ' ')}"] = [press(name, text, seed) for text in data.positive], 1
     return sets
 
 
@@ -394,4 +383,4 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
         learned = learned_corruption(recipe) if recipe.optimize else None
         return make_forget(trained, recipe.gate, recipe.tokens, learned or recipe.corruption, recipe.seed)
-    return load_pack(fetch(reference, FILES, PACK, "pack"))
+    return load_pack(fetch(f"the pack '{reference}'", reference, FILES, PACK))

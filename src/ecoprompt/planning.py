@@ -10,8 +10,9 @@ from typing import Any
 
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.evaluate import metrics_read, tables_of
+from ecoprompt.hub import HUB_ID
 from ecoprompt.lessons import planned_training
-from ecoprompt.models import HUB_ID, aliases
+from ecoprompt.models import aliases
 from ecoprompt.pack import OUTPUT, is_published
 from ecoprompt.recipe import Recipe, parse_recipe, resolve_runs
 from ecoprompt.registry import benchmarks, metrics

@@ -54,6 +54,11 @@ class UnguardedError(EcopromptError):
     """The guard refuses a call that it cannot gate, before the model sees the prompt."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, up to the end of its first line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A half-sentence that names the valid name closest to `name`, or lists them all if none is close.
 

@@ -6,9 +6,9 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+from ecoprompt.hub import check_at_hand
 from ecoprompt.metrics import LogProb, direction, exp, rouge
-from ecoprompt.models import out_of_reach
-from ecoprompt.registry import EcopromptError, InputError, aggregates, metrics
+from ecoprompt.registry import InputError, aggregates, metrics
 
 if TYPE_CHECKING:
     from ecoprompt.metrics import Values
@@ -109,12 +109,7 @@ def _scorer() -> Any:
         from bert_score import BERTScorer
     except ImportError:
         raise InputError("the metric 'bertscore' needs bert-score: pip install 'ecoprompt[bertscore]'") from None
-    reason = out_of_reach(BERT, "config.json")
-    if reason is not None:
-        raise EcopromptError(
-            f"the metric 'bertscore' reads the model '{BERT}', which is not here and the Hub cannot be reached "
-            f"({reason}); download it where there is a network (`hf download {BERT}`)"
-        )
+    check_at_hand(f"the metric 'bertscore' reads the model '{BERT}', which", BERT)
     return BERTScorer(model_type=BERT, num_layers=5)
 
 

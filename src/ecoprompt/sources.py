@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ class GateData:
 
     positive: list[str]
     negative: list[str]
-    checks: dict[str, tuple[list[str], int]]
+    checks: dict[str, tuple[list[str], int]] = field(default_factory=dict)
 
 
 class Table(BaseModel):
@@ -218,18 +218,18 @@ def total(counts: Sequence[int | None]) -> int | None:
 def without_overlap(data: GateData) -> GateData:
     """`data` without the test prompts that are trained on, and without prompts to let through that are to be flagged.
 
-    Case, punctuation and white space do not tell prompts apart. The published code tests its WMDP gate on prompts that
-    it has seen.
+    The published code tests its WMDP gate on prompts that it has seen.
     """
-    flagged = {_folded(text) for text in data.positive}
-    negative = [text for text in data.negative if _folded(text) not in flagged]
-    seen = flagged | {_folded(text) for text in negative}
+    flagged = {folded(text) for text in data.positive}
+    negative = [text for text in data.negative if folded(text) not in flagged]
+    seen = flagged | {folded(text) for text in negative}
     checks = {
-        name: ([text for text in texts if _folded(text) not in seen], label)
+        name: ([text for text in texts if folded(text) not in seen], label)
         for name, (texts, label) in data.checks.items()
     }
     return GateData(data.positive, negative, checks)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """`text` without what does not tell prompts apart: case, punctuation, white space."""
     return normalise(text) or text

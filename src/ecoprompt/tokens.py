@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from ecoprompt.registry import InputError, nearest, selectors
+from ecoprompt.hub import check_at_hand
+from ecoprompt.registry import InputError, first_line, nearest, selectors
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -133,6 +135,9 @@ def _spacy_pipeline(model: str) -> Language:
 def _ner_pipeline(model: str) -> Any:
     import transformers
 
+    what = f"the token classifier '{model}'"
+    if not Path(model).is_dir():
+        check_at_hand(what, model)
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -140,12 +145,9 @@ def _ner_pipeline(model: str) -> Any:
             model, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"the token classifier '{model}' cannot be loaded ({str(error).splitlines()[0]}): get it with "
-            f"'hf download {model}' where there is a network, or give the folder of one with safetensors weights"
-        ) from None
+        raise InputError(f"{what} cannot be loaded ({first_line(error)}); give one with safetensors weights") from None
     if not tokenizer.is_fast:
-        raise InputError(f"the token classifier '{model}' has no fast tokenizer, so its entities have no positions")
+        raise InputError(f"{what} has no fast tokenizer, so its entities have no positions")
     positions = getattr(classifier.config, "max_position_embeddings", 512)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return transformers.pipeline(

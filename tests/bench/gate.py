@@ -1,7 +1,8 @@
 """Measures the gates on TOFU: errors, errors under pressure, calibration and cost; prints Markdown tables.
 
-`python tests/bench/gate.py [--shared ../shared] [--base FOLDER] [--load FOLDER] [--rows N]`; without `--base` the
-linear gate, with it an encoder that is fine-tuned here (or was, and saved to the folder `--load` names).
+`python tests/bench/gate.py [--shared ../shared] [--base FOLDER] [--load FOLDER] [--rows N] [--kinds KIND …]`; without
+`--base` the linear gate, with it an encoder that is fine-tuned here (or was, and saved to the folder `--load` names).
+With `--kinds` the named pressures alone, as in `--kinds long_context`.
 Prompts are unlike those that a gate practised on: other seeds, other wordings, and other text around a prompt.
 """
 
@@ -25,6 +26,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
+from ecoprompt.pressure import press
+from ecoprompt.registry import pressures
+
 ROOT = Path(__file__).parents[2]
 SEED = 2026
 SPLITS = 2000
@@ -45,11 +49,15 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1000, help="most prompts of a general set")
     parser.add_argument("--pressed", type=int, default=400, help="most prompts of a set under pressure")
     parser.add_argument("--long", type=int, default=200, help="most prompts in a long context")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", choices=[*pressures], help="these pressures alone")
     options = parser.parse_args()
     data = options.shared / "data"
     if not (data / "tofu").is_dir():
         print(f"gate: no folder {data / 'tofu'}; --shared names where data/ lies", file=sys.stderr)
         return 2
+    if options.kinds:
+        under_pressure(data, train(data, "forget10", options)[0], options)
+        return 0
     gate = errors(data, options)
     general(data, gate, options)
     under_pressure(data, gate, options)
@@ -72,9 +80,10 @@ def tofu(data: Path, name: str, field: str = "question") -> list[str]:
 
 def train(data: Path, forget: str, options: argparse.Namespace) -> tuple[Gate, float]:
     """A gate for a forget set with the shipped settings (or the encoder's), and the seconds that training took."""
-    from ecoprompt.gate import TrainingTexts, linear, load_gate, transformer
+    from ecoprompt.gate import linear, load_gate, transformer
+    from ecoprompt.sources import GateData
 
-    texts = TrainingTexts(tofu(data, forget), tofu(data, PAIRS[forget]))
+    texts = GateData(tofu(data, forget), tofu(data, PAIRS[forget]))
     started = time.perf_counter()
     if options.load:
         kind = "transformer" if (options.load / "config.json").exists() else "linear"
@@ -138,9 +147,6 @@ def sentences(data: Path, kind: str) -> list[str]:
 
 def under_pressure(data: Path, gate: Gate, options: argparse.Namespace) -> None:
     """The table of errors by kind of pressure: the forget set, retain set, and the two general sets of TOFU."""
-    from ecoprompt.pressure import press
-    from ecoprompt.registry import pressures
-
     heading("Under pressure", ["pressure", "forget10 missed", "paraphrased missed", "retain90", "authors and facts"])
     others = some(rows(data / "commonsenseqa/validation.jsonl", "question"), 400)
     sets = [
@@ -151,7 +157,7 @@ def under_pressure(data: Path, gate: Gate, options: argparse.Namespace) -> None:
     ]
     around = {"long_context": {"everyday questions": (), "two novels": sentences(data, "books")}}
     around["long_context"]["news"] = sentences(data, "news")
-    for kind in (None, *pressures):
+    for kind in options.kinds or (None, *pressures):
         for name, filler in around.get(kind or "", {"": others}).items():
             most = options.long if kind == "long_context" else options.pressed
             cells = [
@@ -165,10 +171,12 @@ def under_pressure(data: Path, gate: Gate, options: argparse.Namespace) -> None:
 
 def conformal(data: Path) -> None:
     """The realised rate of false flags over random splits of held-out prompts into calibration and test."""
-    from ecoprompt.gate import TrainingTexts, calibration_scores, conformal_threshold, hold_out, linear
+    from ecoprompt.calibration import calibration_scores, conformal_threshold, hold_out
+    from ecoprompt.gate import linear
+    from ecoprompt.sources import GateData
 
     heading(f"Conformal threshold, {SPLITS} splits", ["asked", "prompts", "mean realised", "standard error"])
-    texts, held_out = hold_out(TrainingTexts(tofu(data, "forget10"), tofu(data, "retain90")), 0.5, 0)
+    texts, held_out = hold_out(GateData(tofu(data, "forget10"), tofu(data, "retain90")), 0.5, 0)
     gate = linear(texts, 0)
     plain, highest = np.asarray(gate.score(held_out)), calibration_scores(gate, held_out, 0)
     generator = np.random.default_rng(0)
@@ -188,8 +196,6 @@ def cost(data: Path, gate: Gate) -> None:
     """The table of prompts a second."""
     heading("Cost", ["prompts", "a second, 64 at a time", "alone, ms"])
     texts = some(tofu(data, "retain90"), 640)
-    from ecoprompt.pressure import press
-
     long = [press("long_context", text, SEED, sentences(data, "news")) for text in texts[:8]]
     for name, prompts, size in (("questions of TOFU", texts, 64), ("8,000 tokens", long, 8)):
         started = time.perf_counter()
