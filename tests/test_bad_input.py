@@ -78,6 +78,10 @@ RECIPES: dict[str, tuple[Callable[[str], str | bytes], list[str]]] = {
         lambda text: text.replace("rand_noise_first_n", "rand_noise_frist_n"),
         ["r.toml", "'corruption.method'", "'rand_noise_frist_n'", "did you mean 'rand_noise_first_n'?"],
     ),
+    "a corruption that nobody registered": (
+        lambda text: text.replace("rand_noise_first_n", "zzz"),
+        ["r.toml", "'corruption.method'", "'zzz'", "known: add_value_first_n", "--plugin"],
+    ),
     "an unknown parameter": (
         lambda text: text.replace("strength", "strenght = 1\nstrength"),
         ["r.toml", "'corruption.strenght'", "did you mean 'strength'?"],
@@ -150,6 +154,11 @@ CHATS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
         {},
         ["--model", "quickstart", "--forget", "quikstart"],
         ["'quikstart': no pack folder, recipe or Hub id", "did you mean 'quickstart'?"],
+    ),
+    "no such pack beside others": (
+        {"packs/one/forget.toml": PACK},
+        ["--model", "quickstart", "--forget", "packs/onne"],
+        ["'packs/onne'", "did you mean 'packs/one'?"],
     ),
     "a folder without a pack": ({"p/x": ""}, ["--model", "quickstart", "--forget", "p"], ["p: ", "forget.toml"]),
     "a pack that is not TOML": (

@@ -226,6 +226,14 @@ def test_an_error_is_a_message_and_a_status(
     assert ("Traceback" in debug.stderr) == isinstance(error, Exception)
 
 
+@pytest.mark.parametrize("name", ["train-classifier", "evaluate"])
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "quickstart").write_text("a file where the results are to be")
+    result = runner.invoke(app, [name, "quickstart", "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr == f"ecoprompt: {tmp_path / 'quickstart'}: File exists; --output DIR writes elsewhere\n"
+
+
 def test_ctrl_c_waits_until_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's C++ code aborts the process if it meets a KeyboardInterrupt while it is being initialised."""
     module = types.ModuleType("torch")

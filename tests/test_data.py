@@ -365,6 +365,14 @@ def test_a_template_is_filled_and_keeps_its_line_ends():
     )
 
 
+def test_a_text_that_is_a_list_of_questions_is_refused(tmp_path):
+    (tmp_path / "asked.txt").write_text("Who made it?\n\nCan I buy one? \n")
+    with pytest.raises(InputError, match=r"asked.txt: each of its lines is a question.*CSV"):
+        load_rows(Source(path=str(tmp_path / "asked.txt")))
+    (tmp_path / "asked.txt").write_text("Who made it?\nNobody knows.\n")
+    assert len(load_rows(Source(path=str(tmp_path / "asked.txt")))) == 1
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -19,7 +19,7 @@ from ecoprompt.gate import linear, load_gate
 from ecoprompt.models import render
 from ecoprompt.pack import PACK, TrainedGate, load_forget, load_pack, obtain_gate, pack_folder, train_classifier
 from ecoprompt.recipe import load_recipe
-from ecoprompt.registry import EcopromptError
+from ecoprompt.registry import EcopromptError, corruptions
 from ecoprompt.sources import GateData
 
 NOISE = {"method": "rand_noise_first_n", "strength": 1.0}
@@ -454,6 +454,14 @@ def test_a_gate_kept_by_itself_scores_the_same(tmp_path):
 def test_what_no_gate_may_say(tokenizer, said, words):
     with pytest.raises(InputError, match=words):
         Forget(lambda texts: said, NOISE).decide(tokenizer, [[5, 6]])
+
+
+def test_a_corruption_of_ones_own_has_to_keep_the_shape(tokenizer, monkeypatch):
+    monkeypatch.setitem(corruptions._items, "narrow", lambda embeddings, generator: embeddings[:, :3])
+    spec = Forget(lambda texts: [1.0 for _ in texts], {"method": "narrow"})
+    (decision,) = spec.decide(tokenizer, [[5, 6, 7]])
+    with pytest.raises(EcopromptError, match=r"'narrow' made embeddings of shape \[2, 3\], expected \[2, 4\]"):
+        spec.corrupt(torch.randn(3, 4), decision)
 
 
 def test_a_corruption_that_changes_nothing_is_refused(tokenizer):

@@ -27,10 +27,11 @@ from ecoprompt.registry import InputError, corruptions, quiet
 from ecoprompt.results import Store
 
 NAME = "quickstart-search"
+TEN_ROWS = "optimize.held_out=0.25"
 
 
 def read(*overrides):
-    return load_recipe(NAME, overrides)
+    return load_recipe(NAME, [TEN_ROWS, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +314,12 @@ def test_evaluated_before_it_is_searched_the_recipe_counts(tmp_path):
 def test_the_command_prints_the_path_and_what_it_found(searched, tmp_path):
     learned, folder = searched
     runner = CliRunner()
-    done = runner.invoke(app, ["optimize", NAME, "--output", str(folder), "--plot"])
+    asked = ["optimize", NAME, "--set", TEN_ROWS, "--output", str(folder)]
+    done = runner.invoke(app, [*asked, "--plot"])
     assert done.exit_code == 0
     assert f"strength = {learned.corruption['strength']}" in done.stdout
     assert (folder / NAME / "optimize.png").exists()
-    document = json.loads(runner.invoke(app, ["optimize", NAME, "--output", str(folder), "--json"]).stdout)
+    document = json.loads(runner.invoke(app, [*asked, "--json"]).stdout)
     assert document["corruption"] == learned.corruption
     assert [one["number"] for one in document["trace"]] == list(range(1, len(learned.found.evaluations) + 1))
     assert "[optimize]" in runner.invoke(app, ["optimize", NAME, "--dry-run"]).stdout

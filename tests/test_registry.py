@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ecoprompt import registry
 from ecoprompt.recipe import digest
 from ecoprompt.registry import EcopromptError, InputError, Registry, UnguardedError, describe, nearest
+from ecoprompt.terminal import message
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_registry_is_a_mapping(shelf):
 
 def test_an_unknown_name_gets_the_nearest(shelf):
     assert problems_of(shelf.__getitem__, "peper") == ["there is no spice 'peper'; did you mean 'pepper'?"]
-    assert problems_of(shelf.bind, "x", {}) == ["there is no spice 'x'; known: pepper, salt"]
+    assert problems_of(shelf.bind, "x", {}) == [f"there is no spice 'x'; known: pepper, salt{OWN}"]
 
 
 def test_a_name_is_registered_once(shelf):
@@ -176,6 +177,7 @@ def test_every_shipped_registry_is_filled():
     assert len(registry.corruptions) == 14
 
 
+OWN = "; or --plugin with the file of yours that registers it"
 PLUGIN = """
 from __future__ import annotations
 from typing import Annotated
@@ -216,6 +218,15 @@ def test_a_plugin_registers_what_a_recipe_may_name(plugin, monkeypatch):
     assert digest({"loss": "hinge-gd"}) != before[0]
     assert digest("other") == before[1]
     assert list(registry.plugins) == [plugin.name]
+
+
+def test_an_error_in_a_plugin_says_where(plugin, monkeypatch):
+    monkeypatch.setattr(registry, "plugins", {})
+    plugin.write_text("def fail():\n    return None.men\n")
+    registry.load_plugin(plugin)
+    with pytest.raises(AttributeError) as caught:
+        sys.modules[plugin.stem].fail()
+    assert message(caught.value)[0].startswith(f"{plugin}:2: AttributeError: ")
 
 
 @pytest.mark.parametrize(

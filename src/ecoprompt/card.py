@@ -160,5 +160,7 @@ def gate_notes(recipe: Recipe) -> list[str]:
         return []
     texts = parse_forget(recipe.data.forget)[0].gate_sources().positive
     alone = all(one.field in ("first_sentence", "text") for one in texts)
-    questions = "to flag, it learned texts and no question about them: name a file of such questions beside the texts"
+    questions = (
+        "to flag, it learned texts and no question about them: name a CSV file of such questions beside the texts"
+    )
     return ["the gate was trained on the first two sets", *([questions] if alone else [])]

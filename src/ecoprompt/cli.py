@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ecoprompt import processes, terminal
+from ecoprompt.files import check_writable
 from ecoprompt.printing import print_compared, print_evaluated, print_gate, print_learned, print_plan, print_trained
 from ecoprompt.registry import load_plugin
 from ecoprompt.terminal import number, one_of
@@ -48,7 +49,7 @@ DryRunOption = Annotated[
 ]
 PluginOption = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Run your own Python file first, for what it registers."),
+    typer.Option("--plugin", metavar="FILE", help="Run your own Python file first, for what it registers. Repeatable."),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RESULTS = Path("results")
@@ -145,6 +146,7 @@ def train_classifier(
 
         print_plan(gate_part(loaded), json)
         return
+    check_writable(output / loaded.name)
     with terminal.progress_bar() as progress:
         folder, trained = train_classifier(loaded, output, progress)
     print_gate(loaded, folder, trained, json)
@@ -175,6 +177,7 @@ def optimize(
     if dry_run:
         print_plan(loaded, json)
         return
+    check_writable(output / loaded.name)
     with terminal.progress_bar() as progress:
         learned = optimize(loaded, output, progress)
     drawn = draw(loaded, learned, output) if plot else None
@@ -228,6 +231,7 @@ def evaluate(
         runs_of(loaded)
         print_plan(loaded, json)
         return
+    check_writable(output / loaded.name)
     with terminal.progress_bar() as progress:
         found = evaluate(loaded, output, progress)
     for note in found.notes:
@@ -251,19 +255,21 @@ def finetune(
     json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train the model subject to unlearning and a retain model.
+    """Train the model to unlearn from, and a retain model.
 
     They are written to DIR/<recipe>/models/. Started again after an interruption, it goes on where it was.
     """
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    from ecoprompt.lessons import finetune_table
+    from ecoprompt.lessons import check_lessons, finetune_table
 
-    finetune_table(loaded)
+    table = finetune_table(loaded)
     if dry_run:
         print_plan(loaded, json)
         return
+    check_lessons(loaded, table.base, table.also)
+    check_writable(output / loaded.name)
     from ecoprompt.finetune import finetune
 
     with terminal.progress_bar() as progress:
@@ -291,12 +297,14 @@ def baseline(
     from ecoprompt.recipe import load_recipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"baseline.loss={loss}"] if loss else [])])
-    from ecoprompt.lessons import baseline_table
+    from ecoprompt.lessons import baseline_table, check_lessons
 
     baseline_table(loaded)
     if dry_run:
         print_plan(loaded, json)
         return
+    check_lessons(loaded, loaded.model.name)
+    check_writable(output / loaded.name)
     from ecoprompt.baseline import baseline
 
     with terminal.progress_bar() as progress:

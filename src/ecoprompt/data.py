@@ -348,7 +348,12 @@ def _read_parquet(path: Path) -> Found:
 
 def _read_text(path: Path) -> Found:
     """A plain text in passages of whole sentences: columns `text`, `first_sentence` and `rest`."""
-    found = passages(_decoded(path, 1, path.read_bytes()))
+    text = _decoded(path, 1, path.read_bytes())
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and all(line.endswith("?") for line in lines):
+        wanted = "put questions into a CSV or JSON lines file, with columns question and answer"
+        raise InputError(f"{path}: each of its lines is a question, but a text is read in passages; {wanted}")
+    found = passages(text)
     yield from ((_row(number), dict(passage)) for number, passage in enumerate(found, 1))
 
 

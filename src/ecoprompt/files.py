@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecoprompt.processes import is_main
-from ecoprompt.registry import InputError
+from ecoprompt.registry import EcopromptError, InputError
 
 MOST_TEXT = 1 << 20
 """Bytes of a recipe, of a pack's forget.toml, of a settings or a config file."""
@@ -159,6 +160,17 @@ ABANDONED = 600
 """Seconds after which a half-written file is one that a killed process left."""
 FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
 """What safetensors, tokenizers and torch say where they can write no further."""
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder where results are to be; raises EcopromptError at once if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # there may be nothing left to write
+            return
+        raise EcopromptError(f"{folder}: {error.strerror}; --output DIR writes elsewhere") from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 
 from ecoprompt.corruption import dimensions
 from ecoprompt.models import to_text
-from ecoprompt.registry import InputError, UnguardedError, corruptions, selectors
+from ecoprompt.registry import EcopromptError, InputError, UnguardedError, corruptions, selectors
 from ecoprompt.tokens import mask
 from ecoprompt.turns import Turn, readable, turns
 
@@ -239,7 +239,11 @@ class Forget:
         for selection in decision.selections:
             generator = torch.Generator().manual_seed(self._noise_seed(selection.seed_ids))
             index = torch.tensor(selection.positions, dtype=torch.long, device=embeddings.device)
-            corrupted[index] = method(embeddings[index], generator, **parameters)
+            found = method(embeddings[index], generator, **parameters)
+            if found.shape != embeddings[index].shape:
+                shapes = f"{list(found.shape)}, expected {list(embeddings[index].shape)}"
+                raise EcopromptError(f"'{self.corruption['method']}' made embeddings of shape {shapes}")
+            corrupted[index] = found
             if torch.equal(corrupted[index], embeddings[index]):
                 raise UnguardedError(
                     f"'{self.corruption['method']}' leaves the {len(index)} selected token(s) of a flagged prompt "

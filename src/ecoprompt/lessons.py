@@ -12,6 +12,7 @@ from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.data import check_columns, told_together
 from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
+from ecoprompt.models import locate
 from ecoprompt.recipe import Recipe
 from ecoprompt.registry import InputError, methods
 from ecoprompt.sources import ForgetSet, TrainingSources, TrainingTexts, prompts, total
@@ -49,6 +50,13 @@ def lessons_of(recipe: Recipe, also: Sequence[str] = ()) -> Lessons:
         forget, retain = learnt(training.forget), learnt(training.retain)
     further = [item for subset in also for item in benchmark.items(subset, forget_set, recipe.root)]
     return Lessons(forget, retain + [Lesson(item.prompt, item.target) for item in further])
+
+
+def check_lessons(recipe: Recipe, model: str | None, also: Sequence[str] = ()) -> None:
+    """Raises at once what is wrong with what a training reads; what it then needs takes seconds to import."""
+    lessons_of(recipe, also)
+    if model is not None:
+        locate(model)
 
 
 def count_lessons(recipe: Recipe, also: Sequence[str] = ()) -> dict[str, int | None]:

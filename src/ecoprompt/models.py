@@ -83,7 +83,7 @@ def locate(name: str) -> Place:
     """Where a model is; raises EcopromptError at once if only the Hub has it and the Hub is out of reach."""
     place = resolve(name)
     if not Path(place.model).is_dir():
-        hint = "" if name in aliases() else f"; {nearest(name, aliases())}"
+        hint = "" if name in aliases() or "/" in name else f"; {nearest(name, aliases())}"
         check_at_hand(f"model '{name}'", place.model, instead=f"name a folder or an alias{hint}")
     return place
 

@@ -383,4 +383,10 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         trained = obtain_gate(recipe, recipe.gate, recipe.seed, progress=progress)
         learned = learned_corruption(recipe) if recipe.optimize else None
         return make_forget(trained, recipe.gate, recipe.tokens, learned or recipe.corruption, recipe.seed)
-    return load_pack(fetch(f"the pack '{reference}'", reference, FILES, PACK))
+    try:
+        return load_pack(fetch(f"the pack '{reference}'", reference, FILES, PACK))
+    except EcopromptError as error:
+        if not folder.parent.is_dir():
+            raise
+        here = [str(path.parent) for deep in ("", "*/", "*/*/") for path in folder.parent.glob(deep + PACK)]
+        raise InputError(f"{error}; no such folder either: {nearest(reference, here)}") from None

@@ -386,7 +386,7 @@ def _bind(name: str, where: str, table: Any) -> tuple[Any, list[str]]:
     if not isinstance(chosen, str):
         return {**closed, "parameters": {}}, []
     if chosen not in registry:
-        return closed, [f"'{where}.{choice}': there is no {registry.kind} '{chosen}'; {nearest(chosen, registry)}"]
+        return closed, [f"'{where}.{choice}': there is no {registry.unknown(chosen)}"]
     try:
         return {**closed, "parameters": registry.bind(chosen, parameters, where)}, []
     except InputError as error:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 
-MANY = 20
-"""More names than these are not all listed."""
+MANY, LISTED = 20, 40
+"""Of more names than these the beginning of one may name it; more than those are not all listed."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 Progress = Callable[[str, int, int], None]
@@ -76,7 +76,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         meant = "' or '".join(close)
         return f"did you mean '{meant}'?"
-    if many:
+    if len(known) > LISTED:
         return f"known are {len(known)}: {', '.join(known[:MANY])} and so on"
     return f"known: {', '.join(known)}" if known else "none is known"
 
@@ -133,8 +133,14 @@ class Registry(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         items = self._load()
         if name not in items:
-            raise InputError(f"there is no {self.kind} '{name}'; {nearest(name, items)}")
+            raise InputError(f"there is no {self.unknown(name)}")
         return items[name]
+
+    def unknown(self, name: str) -> str:
+        """What a message says of a name that nobody entered."""
+        hint = nearest(name, self)
+        own = "" if hint.startswith("did you") or plugins else "; or --plugin with the file of yours that registers it"
+        return f"{self.kind} '{name}'; {hint}{own}"
 
     def schema(self, name: str) -> type[BaseModel]:
         """The pydantic model of the keyword-only parameters of `name`; unknown keys are refused."""

@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -43,7 +45,15 @@ def message(error: Exception) -> tuple[str, int]:
         if error.errno in FULL:
             return f"{place}{error.strerror}; make room and start the same again: what was finished is kept", 1
         return f"{place}{error.strerror} (--debug shows where)", 1
-    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+    return f"{_plugged(error)}{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _plugged(error: Exception) -> str:
+    """Where in a user's own file an error arose, nothing if it did not."""
+    from ecoprompt.registry import plugins
+
+    steps = traceback.extract_tb(error.__traceback__)
+    return next((f"{one.filename}:{one.lineno}: " for one in steps[::-1] if Path(one.filename).name in plugins), "")
 
 
 PATIENCE = 5.0

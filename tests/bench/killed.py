@@ -33,13 +33,13 @@ from ecoprompt.cli import main as main_of_ecoprompt
 LOADED = [f"ecoprompt.{name}" for name in ("baseline", "evaluate", "optimize", "sampling", "printing")]
 LOADED += ["matplotlib.pyplot", "scipy.stats", "sklearn.linear_model", "transformers.models.llama.modeling_llama"]
 FORK = multiprocessing.get_context("fork")
-TRAINED = ["quickstart-baselines", "--set", "finetune.epochs=1", "--set", "finetune.save_steps=4"]
+EPOCH = ["--set", "finetune.epochs=1", "--set", "finetune.by_length=false", "--set", "finetune.save_steps=4"]
 UNLEARNED = ["quickstart-baselines", "--set", "model.name=quickstart", "--set", "baseline.save_steps=2"]
 SMALL = ["--set", "evaluate.limit=12", "--set", "model.batch_tokens=600"]
 COMMANDS = {
     "evaluate": ["evaluate", "quickstart-search", *SMALL],
     "optimize": ["optimize", "quickstart-search", *SMALL],
-    "finetune": ["finetune", *TRAINED],
+    "finetune": ["finetune", "quickstart-baselines", *EPOCH],
     "baseline": ["baseline", *UNLEARNED, "--loss", "npo"],
 }
 PAGE = os.sysconf("SC_PAGE_SIZE")
