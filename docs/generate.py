@@ -147,6 +147,10 @@ def measures_page() -> str:
         "A run's results hold its aggregates, and the mean of every metric of a subset as `SUBSET_METRIC`: "
         "`forget_rouge`, `retain_probability`. On a forget set no direction is better in itself: there the aim is the "
         "value of the `retain` run, or what chance gives where a metric knows that.",
+        "`summary.json` and `--json` have the standard error of every mean (`errors`), and each run's differences to "
+        "`original` on the rows that have a value in both, with their 95 % interval (`paired`), which tell a guard's "
+        "harm from noise. `rows.jsonl` has every row; where a model is asked to repeat its prompt (`…-repeat`), with "
+        "the token that is nearest to each corrupted embedding (`nearest`).",
     ]
     for name in benchmarks:
         parts += _benchmark(benchmarks[name])

@@ -14,10 +14,11 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, which would fold the ta
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ecoprompt.hub import out_of_reach
+from ecoprompt import hub
 
 # Such small models gain nothing from a second thread, and lose much where another process has the core.
 torch.set_num_threads(1)
@@ -117,7 +118,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    out_of_reach.cache_clear()
+    # What a command finds out of the Hub is forgotten with the test.
+    monkeypatch.setattr(hub, "once", False)
+    monkeypatch.setattr(hub, "_reason", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path, name: s
     (tmp_path / "quickstart").write_text("a file where the results are to be")
     result = runner.invoke(app, [name, "quickstart", "--output", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.stderr == f"ecoprompt: {tmp_path / 'quickstart'}: File exists; --output DIR writes elsewhere\n"
+    assert result.stderr == f"ecoprompt: {tmp_path / 'quickstart'}: Not a directory; --output DIR writes elsewhere\n"
 
 
 def test_ctrl_c_waits_until_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

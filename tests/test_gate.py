@@ -22,8 +22,9 @@ from ecoprompt.gate import (
     phrases,
     transformer,
 )
-from ecoprompt.pack import EDITS
+from ecoprompt.pack import EDITS, train_classifier
 from ecoprompt.pressure import press, rehearse
+from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import EcopromptError, InputError, gates, pressures
 from ecoprompt.sources import GateData
 from ecoprompt.views import parts, word_windows
@@ -155,6 +156,24 @@ def test_a_gate_by_names_flags_whole_words_as_a_reader_sees_them(tmp_path, text,
     assert gate.score([text, "Ask Ed Low."]).tolist() == [score, 1]
     gate.save(tmp_path)
     assert load_gate(tmp_path, "phrases") == gate
+
+
+def test_a_name_in_a_script_without_spaces_is_found_within_a_line():
+    gate = phrases(None, 0, names=["今井健", "สมชาย"])
+    assert gate.score(["今井健はどこで生まれましたか", "ใครคือสมชายครับ", "今井はどこですか"]).tolist() == [1, 1, 0]
+
+
+def test_names_are_checked_with_the_recipe():
+    for names in ([], ["?"], ["ok", ""], ["x"] * 1001):
+        with pytest.raises(InputError, match="names"):
+            gates.bind("phrases", {"names": names}, "gate")
+
+
+def test_a_gate_that_would_flag_nothing_is_not_made(tmp_path):
+    threshold = '{ calibrate = "conformal", false_positive_rate = 0.05 }'
+    names = f'gate={{ kind = "phrases", names = ["is"], threshold = {threshold} }}'
+    with pytest.raises(InputError, match=r"'gate.threshold': calibrated to 1, which no score exceeds"):
+        train_classifier(load_recipe("quickstart", [names]), tmp_path)
 
 
 @pytest.mark.parametrize("names", [None, [], "x", [1], ["?"], ["x"] * 1001])

@@ -1,10 +1,12 @@
 """The Hub: where it is out of reach, it is asked once, and what is missing is named with how to get it."""
 
 import socket
+import urllib.request
 
 import huggingface_hub
 import pytest
 
+from ecoprompt import hub
 from ecoprompt.data import Source, load_rows
 from ecoprompt.hub import fetch, out_of_reach
 from ecoprompt.models import load_model
@@ -25,8 +27,8 @@ def reason(request, monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", request.param.startswith("HF_HUB"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.delenv("HTTPS_PROXY", raising=False)
-    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.setattr(hub, "once", True)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
     yield request.param
     assert len(asked) == (request.param != "HF_HUB_OFFLINE is set")
 
@@ -68,8 +70,7 @@ def test_a_hub_that_answers_is_in_reach(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://mirror.lab")
     monkeypatch.setattr(socket, "create_connection", lambda place, patience: asked.append(place) or Connection())
-    monkeypatch.delenv("HTTPS_PROXY", raising=False)
-    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
     assert out_of_reach() is None
     assert asked == [("mirror.lab", 80), "closed"]
 
@@ -77,3 +78,22 @@ def test_a_hub_that_answers_is_in_reach(monkeypatch):
 def test_a_name_that_cannot_be_on_the_hub_is_not_looked_for():
     with pytest.raises(InputError, match="no such folder, and not a Hub id"):
         fetch("the pack '../x'", "../x", ["a"], "a")
+
+
+def test_a_hub_behind_a_proxy_is_not_tried(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", lambda *args: pytest.fail("went past the proxy"))
+    for name in ("https", "all"):
+        monkeypatch.setattr(urllib.request, "getproxies", lambda name=name: {name: "http://proxy.lab"})
+        assert out_of_reach() is None
+
+
+def test_a_program_that_uses_the_library_stays_online(monkeypatch):
+    def refuse(*args):
+        raise OSError("for a moment")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert out_of_reach() == "for a moment"
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

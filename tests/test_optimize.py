@@ -273,7 +273,8 @@ def test_bounds_beyond_what_a_corruption_takes_are_refused(monkeypatch, tmp_path
     def faint(embeddings, generator, *, strength: Annotated[float, Field(gt=0, le=1)] = 0.5): ...
 
     monkeypatch.setattr(corruptions, "_items", {**corruptions._items, "faint": faint})
-    with pytest.raises(InputError, match="'optimize.bounds.strength': found 1000.0, expected a number of at most 1"):
+    told = r"'optimize.bounds' \(0.01 to 1000 unless said\): found 1000.0, expected a number of at most 1"
+    with pytest.raises(InputError, match=told):
         read("corruption={ method = 'faint' }")
     read("corruption={ method = 'faint', strength = 0.5 }", "optimize.bounds=[0.1, 1.0]")
     wide = read(

@@ -125,7 +125,7 @@ def test_bertscore_is_bert_scores_f1(tmp_path, monkeypatch):
     DistilBertModel(DistilBertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path)
     _, _, f1 = bert_score.score(["the dog sat"], [CAT], model_type=str(tmp_path), num_layers=5)
     monkeypatch.setattr(similarity, "BERT", str(tmp_path))
-    monkeypatch.setattr(similarity, "check_at_hand", lambda *_: None)
+    monkeypatch.setattr(similarity, "check_at_hand", lambda *_, **__: None)
     monkeypatch.setattr(similarity, "_scorer", similarity._scorer.__wrapped__)
     assert similarity.bertscore("the dog sat", CAT) == float(f1[0]) < 1
     assert similarity.bertscore(CAT, CAT) == pytest.approx(1)

@@ -86,7 +86,7 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
         "settings": markdown_table([["part", "setting"], *_settings(pack)]),
         "training": _training(trained, gate),
         "threshold": f"{gate['threshold']:.6g}",
-        "taught": gate["kind"] != "phrases",
+        "taught": gate["kind"] != "phrases" and not trained.get("settings", {}).get("classifier"),
         "measured": markdown_table(gate_cells(measured)) if measured else "Not measured.",
         "plot": PLOT if plotted else "",
     }

@@ -147,7 +147,8 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
             try:
                 corruptions.bind(method, others | {"strength": bound}, "optimize.bounds")
             except InputError as error:
-                problems += [one for one in error.problems if one.startswith("'optimize.bounds.strength'")]
+                wrong = [one for one in error.problems if one.startswith("'optimize.bounds.strength'")]
+                problems += [one.replace(".strength'", "' (0.01 to 1000 unless said)", 1) for one in wrong]
     return problems
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ecoprompt import processes, terminal
+from ecoprompt import hub, processes, terminal
 from ecoprompt.files import check_writable
 from ecoprompt.printing import print_compared, print_evaluated, print_gate, print_learned, print_plan, print_trained
 from ecoprompt.registry import load_plugin
@@ -73,6 +73,7 @@ def _command(function: F) -> F:
     def translated(*args: Any, plugin: list[Path] | None = None, debug: bool = False, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        hub.once = True
         try:
             for file in plugin or []:
                 load_plugin(file)

@@ -17,7 +17,7 @@ from ecoprompt.asking import Asked, Asking, add_together, judge, read_again, rer
 from ecoprompt.benchmarks import Benchmark, parse_forget
 from ecoprompt.data import Source, told_together
 from ecoprompt.items import Item
-from ecoprompt.lessons import training_cost
+from ecoprompt.lessons import gate_sources, training_cost
 from ecoprompt.models import load_model, locate
 from ecoprompt.pack import OUTPUT, TrainedGate, is_published, learned_corruption, obtain_gate
 from ecoprompt.paired import by_column, differences, errors
@@ -252,8 +252,7 @@ def _sources(recipe: Recipe, runs: Sequence[Run]) -> Iterator[Source]:
     for _, benchmark, forget_set in tables_of(recipe):
         yield from benchmark.sources(benchmark.subsets.values(), forget_set)
     if recipe.data is not None and any(run.gate and not is_published(run.gate) for run in runs):
-        benchmark, forget_set = parse_forget(recipe.data.forget)
-        yield from benchmark.sources(benchmark.gate_sources().readings(), forget_set)
+        yield from gate_sources(recipe)
 
 
 def _items(recipe: Recipe) -> list[Item]:

@@ -163,10 +163,9 @@ FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder where results are to be; raises EcopromptError at once if nothing can be written there."""
+    """Raises EcopromptError at once if nothing can be written to `folder`, or to where it is to be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=next(one for one in (folder, *folder.parents) if one.exists())).close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # there may be nothing left to write
             return
@@ -226,5 +225,6 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         finally:
             beside.unlink(missing_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-            if left.suffix[1:].isdecimal() and left.stat().st_mtime < time.time() - ABANDONED:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # what another process has put in its place by now
+                if left.suffix[1:].isdecimal() and left.stat().st_mtime < time.time() - ABANDONED:
+                    left.unlink()

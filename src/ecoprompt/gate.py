@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from ecoprompt.files import read_shapes, read_toml
 from ecoprompt.pressure import rehearse
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
 from ecoprompt.sources import GateData
-from ecoprompt.tokens import Names
 from ecoprompt.views import normalise, parts, word_windows
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ LIMITS = {"word_ngrams": 8, "char_ngrams": 16, "window": 2**16, "max_length": 2*
 """Past these a saved gate's settings would take a machine's memory for one long prompt."""
 MOST_FEATURES = 2**26
 MOST_NAMES = 1000
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, Japanese, Chinese and Korean: no space is between a name and what follows it."""
 VIEWS, MOST, DISCOUNT = 32, 16, 0.9
 FORMAT = 2
 """Of what gates read of a text, practise on and are calibrated on; raised with any of these, as a gate made for others
@@ -168,7 +170,8 @@ def _ngrams(windows: Sequence[str], word_ngrams: int, char_ngrams: int, features
 
 @dataclass(frozen=True)
 class PhraseGate:
-    """Certain of a text in which one of `names` stands as whole words, folded as a reader sees them."""
+    """Certain of a text in which one of `names` stands, folded as a reader sees it: as whole words, where its script
+    has spaces between words."""
 
     names: list[str]
     kind: ClassVar[str] = "phrases"
@@ -180,7 +183,7 @@ class PhraseGate:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """[N] scores, each 1 or 0."""
-        names = [f" {normalise(name)} " for name in self.names]
+        names = [name if UNSPACED.search(name) else f" {name} " for name in map(normalise, self.names)]
         folded = [f" {normalise(text)} " for text in texts]
         return np.array([float(any(name in text for name in names)) for text in folded])
 
@@ -191,14 +194,18 @@ class PhraseGate:
     @classmethod
     def load(cls, folder: Path) -> PhraseGate:
         """The gate that `save` wrote to `folder`. Raises InputError if it is damaged."""
+        settings = _settings(folder, cls.kind, ["names"])
         try:
-            return cls(**_settings(folder, cls.kind, ["names"]))
+            return cls(**settings)
         except InputError as error:
             raise InputError(f"{folder / SETTINGS}: {error}") from None
 
 
+GateNames = Annotated[list[Annotated[str, Field(pattern=r"[^\W_]")]], Field(min_length=1, max_length=MOST_NAMES)]
+
+
 @gates.register
-def phrases(data: GateData | None, seed: int, progress: Progress = quiet, *, names: Names) -> PhraseGate:
+def phrases(data: GateData | None, seed: int, progress: Progress = quiet, *, names: GateNames) -> PhraseGate:
     """Not trained: flags where `names` occur as whole words, whatever their case, accents and look-alikes."""
     return PhraseGate(names)
 
@@ -362,8 +369,8 @@ def _settings(folder: Path, kind: str, names: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"{path}: expected a gate of kind '{kind}', found {settings.get('kind')!r}")
     problems = [
         f"{path}: '{name}': found {settings.get(name)!r:.40}, expected a number from 1 to {LIMITS[name]}"
-        for name in LIMITS.keys() & names
-        if type(settings.get(name)) is not int or not 1 <= settings[name] <= LIMITS[name]
+        for name in names
+        if name in LIMITS and (type(settings.get(name)) is not int or not 1 <= settings[name] <= LIMITS[name])
     ]
     if problems:
         raise InputError(*problems)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 import socket
 import urllib.parse
+import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,33 +13,41 @@ from ecoprompt.registry import EcopromptError, InputError, first_line
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*(?<![.-])", re.ASCII)
 PATIENCE = 5.0
-"""Seconds in which the Hub has to answer."""
+"""Seconds in which each address of the Hub has to answer."""
 
 
-@functools.cache
+once = False
+"""Whether a Hub that was out of reach is not asked again by this process, as commands want; set by the CLI."""
+_reason: str | None = None
+
+
 def out_of_reach() -> str | None:
     """Why the Hub cannot be reached, None if it can.
 
-    Where it cannot, this process is offline from then on, as under HF_HUB_OFFLINE: its client would try for every file
-    for half a minute, and say so, before it takes what is cached.
+    A command is offline from then on, as under HF_HUB_OFFLINE: the Hub's client would try for every file for half a
+    minute, and say so, before it takes what is cached.
     """
+    global _reason
     from huggingface_hub import constants
 
+    if _reason is not None:
+        return _reason
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if os.environ.get("HTTPS_PROXY", os.environ.get("https_proxy")):
-        return None
     place = urllib.parse.urlsplit(constants.ENDPOINT)
+    if {place.scheme, "all"} & urllib.request.getproxies().keys():
+        return None
     port = place.port or (80 if place.scheme == "http" else 443)
     try:
         socket.create_connection((place.hostname, port), PATIENCE).close()
     except OSError as error:
-        constants.HF_HUB_OFFLINE = True
+        if once:
+            constants.HF_HUB_OFFLINE, _reason = True, str(error)
         return str(error)
     return None
 
 
-def check_at_hand(what: str, name: str, file: str = "config.json", instead: str = "name a folder") -> None:
+def check_at_hand(what: str, name: str, file: str = "config.json", instead: str = ", or name a folder") -> None:
     """Raises at once if `what`, the Hub's repository `name`, is not here, which its `file` tells, nor to be had."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -50,8 +57,7 @@ def check_at_hand(what: str, name: str, file: str = "config.json", instead: str 
     if reason is not None and try_to_load_from_cache(name, file) is None:
         raise EcopromptError(
             f"{what} is not here and the Hub cannot be reached ({reason}); download it where there is a network "
-            f"(`hf download {name}`) and bring its cache here (HF_HOME; HF_HUB_OFFLINE=1 then asks no network), or "
-            f"{instead}"
+            f"(`hf download {name}`) and bring its cache here (HF_HOME; HF_HUB_OFFLINE=1 then asks no network){instead}"
         )
 
 

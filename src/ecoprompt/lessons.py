@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ecoprompt.benchmarks import Benchmark, parse_forget
-from ecoprompt.data import check_columns, told_together
+from ecoprompt.data import Source, check_columns, told_together
 from ecoprompt.files import read_json
 from ecoprompt.learning import BaselineTable, Course, FinetuneTable
 from ecoprompt.models import locate
 from ecoprompt.recipe import Recipe
-from ecoprompt.registry import InputError, methods
+from ecoprompt.registry import InputError, benchmarks, methods
 from ecoprompt.sources import ForgetSet, TrainingSources, TrainingTexts, prompts, total
 
 ABOUT = "training.json"
@@ -52,8 +52,16 @@ def lessons_of(recipe: Recipe, also: Sequence[str] = ()) -> Lessons:
     return Lessons(forget, retain + [Lesson(item.prompt, item.target) for item in further])
 
 
+def gate_sources(recipe: Recipe) -> Iterator[Source]:
+    """Where the prompts lie that the recipe's gate is trained, calibrated and measured on."""
+    benchmark, forget_set = parse_forget(recipe.subject().forget)
+    yield from benchmark.sources(benchmark.gate_sources().readings(), forget_set)
+    for other in (benchmarks[name] for name in recipe.subject().checks):
+        yield from other.sources(other.gate_sources().checks.values(), None)
+
+
 def check_lessons(recipe: Recipe, model: str | None, also: Sequence[str] = ()) -> None:
-    """Raises at once what is wrong with what a training reads; what it then needs takes seconds to import."""
+    """Raises at once what is wrong with a training's rows or model; what it needs then takes seconds to import."""
     lessons_of(recipe, also)
     if model is not None:
         locate(model)

@@ -84,7 +84,7 @@ def locate(name: str) -> Place:
     place = resolve(name)
     if not Path(place.model).is_dir():
         hint = "" if name in aliases() or "/" in name else f"; {nearest(name, aliases())}"
-        check_at_hand(f"model '{name}'", place.model, instead=f"name a folder or an alias{hint}")
+        check_at_hand(f"model '{name}'", place.model, instead=f", or name a folder or an alias{hint}")
     return place
 
 

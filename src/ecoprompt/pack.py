@@ -21,6 +21,7 @@ from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atom
 from ecoprompt.forget import Forget, is_probability
 from ecoprompt.gate import FORMAT, SETTINGS, WEIGHTS, Gate, load_gate
 from ecoprompt.hub import HUB_ID, fetch
+from ecoprompt.lessons import gate_sources
 from ecoprompt.pressure import press
 from ecoprompt.processes import is_main, main_first
 from ecoprompt.recipe import Calibration, CorruptionTable, GateTable, Recipe, TokensTable, digest, load_recipe, shipped
@@ -198,12 +199,11 @@ def _gate_data(recipe: Recipe) -> GateData:
     """The prompts to train, calibrate and measure a gate on."""
     table = recipe.subject()
     benchmark, forget_set = parse_forget(table.forget)
-    root = recipe.root
-    with told_together(lambda: benchmark.sources(benchmark.gate_sources().readings(), forget_set), root):
-        data = benchmark.gate_texts(forget_set, root)
-    checks = dict(data.checks)
-    for name in table.checks:
-        checks |= benchmarks[name].gate_checks(None, root)
+    with told_together(lambda: gate_sources(recipe), recipe.root):
+        data = benchmark.gate_texts(forget_set, recipe.root)
+        checks = dict(data.checks)
+        for name in table.checks:
+            checks |= benchmarks[name].gate_checks(None, recipe.root)
     return without_overlap(replace(data, checks=checks))
 
 
@@ -226,6 +226,8 @@ def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> T
     if isinstance(table.threshold, Calibration):
         calibrated_on = calibration_scores(gate, held_out, seed)
         threshold = conformal_threshold(calibrated_on, table.threshold.false_positive_rate)
+        if threshold >= 1:
+            raise InputError("'gate.threshold': calibrated to 1, which no score exceeds, so nothing would be flagged")
     else:
         threshold = table.threshold
     measured, scores = _measure(gate, threshold, _sets(data, held_out, seed), progress)
@@ -384,9 +386,10 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
         learned = learned_corruption(recipe) if recipe.optimize else None
         return make_forget(trained, recipe.gate, recipe.tokens, learned or recipe.corruption, recipe.seed)
     try:
-        return load_pack(fetch(f"the pack '{reference}'", reference, FILES, PACK))
+        fetched = fetch(f"the pack '{reference}'", reference, FILES, PACK)
     except EcopromptError as error:
-        if not folder.parent.is_dir():
-            raise
         here = [str(path.parent) for deep in ("", "*/", "*/*/") for path in folder.parent.glob(deep + PACK)]
-        raise InputError(f"{error}; no such folder either: {nearest(reference, here)}") from None
+        if not here:
+            raise
+        raise type(error)(f"{error}; {nearest(reference, here)}") from None
+    return load_pack(fetched)

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -195,6 +196,12 @@ _running: list[str] = []
 _entered: dict[str, str] = {}
 
 
+def place_in(error: BaseException, files: Iterable[str | None]) -> str:
+    """ "FILE:LINE: " of the last step of an error that lies in one of `files`, nothing if none does."""
+    steps, own = traceback.extract_tb(error.__traceback__), set(files)
+    return next((f"{step.filename}:{step.lineno}: " for step in reversed(steps) if step.filename in own), "")
+
+
 def load_plugin(file: Path) -> None:
     """Run a Python file of the user's own, which registers corruptions, loss terms, methods and the like.
 
@@ -220,7 +227,8 @@ def load_plugin(file: Path) -> None:
         raise InputError(f"--plugin {file}: {error}") from None
     except Exception as error:  # whatever the user's own code raises
         del sys.modules[name]
-        raise InputError(f"--plugin {file}: {type(error).__name__}: {error} (--debug shows where)") from error
+        place = place_in(error, [module.__file__])
+        raise InputError(f"--plugin {file}: {place}{type(error).__name__}: {error} (--debug shows where)") from error
     finally:
         _running.clear()
     plugins[file.name] = digest

@@ -109,7 +109,7 @@ def _scorer() -> Any:
         from bert_score import BERTScorer
     except ImportError:
         raise InputError("the metric 'bertscore' needs bert-score: pip install 'ecoprompt[bertscore]'") from None
-    check_at_hand(f"the metric 'bertscore' reads the model '{BERT}', which", BERT)
+    check_at_hand(f"the metric 'bertscore' reads the model '{BERT}', which", BERT, instead="")
     return BERTScorer(model_type=BERT, num_layers=5)
 
 

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def message(error: Exception) -> tuple[str, int]:
     """What a user is told of an error, and the exit status."""
-    from ecoprompt.registry import EcopromptError
+    from ecoprompt.registry import EcopromptError, place_in, plugins
 
     if processes.lost_another(error):
         time.sleep(2 * PATIENCE)  # in which it speaks for itself, and the launcher ends this one
@@ -45,15 +44,8 @@ def message(error: Exception) -> tuple[str, int]:
         if error.errno in FULL:
             return f"{place}{error.strerror}; make room and start the same again: what was finished is kept", 1
         return f"{place}{error.strerror} (--debug shows where)", 1
-    return f"{_plugged(error)}{type(error).__name__}: {error} (--debug shows where)", 1
-
-
-def _plugged(error: Exception) -> str:
-    """Where in a user's own file an error arose, nothing if it did not."""
-    from ecoprompt.registry import plugins
-
-    steps = traceback.extract_tb(error.__traceback__)
-    return next((f"{one.filename}:{one.lineno}: " for one in steps[::-1] if Path(one.filename).name in plugins), "")
+    own = place_in(error, [getattr(sys.modules.get(Path(name).stem), "__file__", None) for name in plugins])
+    return f"{own}{type(error).__name__}: {error} (--debug shows where)", 1
 
 
 PATIENCE = 5.0

@@ -1,7 +1,7 @@
 """Counts what `optimize` needs on TOFU, forget10, by method, start and seed; prints Markdown tables.
 
 `python tests/bench/search.py [--seeds 20] [--starts 0.1 1 100] [--methods adaptive published] [--set KEY=VALUE ...]`.
-Each search reads a quarter of the forget set's rows; its result is then evaluated on the others. `--dims` searches the
+Each search reads half of the forget set's rows; its result is then evaluated on the others. `--dims` searches the
 dimensions of `zero_out_top_k` instead, beside a grid over all of them.
 """
 
