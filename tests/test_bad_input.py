@@ -156,9 +156,9 @@ CHATS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
         ["'quikstart': no pack folder, recipe or Hub id", "did you mean 'quickstart'?"],
     ),
     "no such pack beside others": (
-        {"packs/one/forget.toml": PACK},
-        ["--model", "quickstart", "--forget", "packs/onne"],
-        ["'packs/onne'", "did you mean 'packs/one'?"],
+        {"packs/one/pack/forget.toml": PACK},
+        ["--model", "quickstart", "--forget", "packs/onne/pack"],
+        ["'packs/onne/pack'", "did you mean 'packs/one/pack'?"],
     ),
     "a folder without a pack": ({"p/x": ""}, ["--model", "quickstart", "--forget", "p"], ["p: ", "forget.toml"]),
     "a pack that is not TOML": (

@@ -388,8 +388,9 @@ def load_forget(reference: str, progress: Progress = quiet) -> Forget:
     try:
         fetched = fetch(f"the pack '{reference}'", reference, FILES, PACK)
     except EcopromptError as error:
-        here = [str(path.parent) for deep in ("", "*/", "*/*/") for path in folder.parent.glob(deep + PACK)]
-        if not here:
+        near = next(one for one in folder.parents if one.is_dir())
+        here = [str(path.parent) for deep in ("", "*/", "*/*/") for path in near.glob(deep + PACK)]
+        if near == Path() or not here:
             raise
         raise type(error)(f"{error}; {nearest(reference, here)}") from None
     return load_pack(fetched)
