@@ -9,7 +9,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -164,6 +163,8 @@ FULL = re.compile(r"No space left|os error 28|PytorchStreamWriter|iostream error
 
 def check_writable(folder: Path) -> None:
     """Raises EcopromptError at once if nothing can be written to `folder`, or to where it is to be made."""
+    import tempfile
+
     try:
         tempfile.TemporaryFile(dir=next(one for one in (folder, *folder.parents) if one.exists())).close()
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +27,8 @@ def out_of_reach() -> str | None:
     minute, and say so, before it takes what is cached.
     """
     global _reason
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     if _reason is not None:
@@ -35,7 +36,7 @@ def out_of_reach() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     place = urllib.parse.urlsplit(constants.ENDPOINT)
-    if {place.scheme, "all"} & urllib.request.getproxies().keys():
+    if {place.scheme, "all"} & getproxies().keys():
         return None
     port = place.port or (80 if place.scheme == "http" else 443)
     try:
