@@ -148,7 +148,8 @@ def _check_parameter(corruption: Mapping[str, Any], table: Mapping[str, Any]) ->
                 corruptions.bind(method, others | {"strength": bound}, "optimize.bounds")
             except InputError as error:
                 wrong = [one for one in error.problems if one.startswith("'optimize.bounds.strength'")]
-                problems += [one.replace(".strength'", "' (0.01 to 1000 unless said)", 1) for one in wrong]
+                by_itself = "' ({:g} to {:g} unless said)".format(*STRENGTHS)
+                problems += [one.replace(".strength'", by_itself, 1) for one in wrong]
     return problems
 
 

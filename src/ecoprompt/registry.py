@@ -196,7 +196,7 @@ _entered: dict[str, str] = {}
 
 
 def place_in(error: BaseException, files: Iterable[str | None]) -> str:
-    """ "FILE:LINE: " of the last step of an error that lies in one of `files`, nothing if none does."""
+    """How a message begins of an error: with the file and line of its last step in one of `files`, if there is one."""
     steps, own = traceback.extract_tb(error.__traceback__), set(files)
     return next((f"{step.filename}:{step.lineno}: " for step in reversed(steps) if step.filename in own), "")
 
