@@ -23,7 +23,7 @@ from ecoprompt.gate import (
     transformer,
 )
 from ecoprompt.pack import EDITS, train_classifier
-from ecoprompt.pressure import press, rehearse
+from ecoprompt.pressure import press, rehearse_anew
 from ecoprompt.recipe import load_recipe
 from ecoprompt.registry import EcopromptError, InputError, gates, pressures
 from ecoprompt.sources import GateData
@@ -282,7 +282,7 @@ def test_calibration_counts_the_views():
 def test_a_gate_of_an_earlier_version_is_refused(tmp_path, toy_gate):
     toy_gate.save(tmp_path)
     settings = (tmp_path / "gate.toml").read_text(encoding="utf-8")
-    (tmp_path / "gate.toml").write_text(settings.replace("format = 2\n", ""), encoding="utf-8")
+    (tmp_path / "gate.toml").write_text(settings.replace(f"format = {FORMAT}\n", ""), encoding="utf-8")
     with pytest.raises(InputError, match="made by another version of ecoprompt"):
         load_gate(tmp_path, "linear")
 
@@ -440,20 +440,55 @@ def test_transformer_judges_each_sentence_and_what_is_seen(trained):
     assert gate.score([hidden])[0] >= gate.score([asked])[0] - 1e-6
 
 
-def test_transformer_practises_on_edited_copies(tmp_path, monkeypatch):
+def test_transformer_practises_on_copies_that_are_edited_anew(tmp_path, monkeypatch):
     from ecoprompt import gate_training
 
     seen = []
-
-    def record(model, tokenizer, windows, labels, judged, *rest):
-        seen.append((len(windows), sum(labels), judged))
-
-    monkeypatch.setattr(gate_training, "fine_tune", record)
+    monkeypatch.setattr(gate_training, "fine_tune", lambda gate, texts, edited, *rest: seen.append((texts, edited)))
     base = bert(tmp_path / "base")
     for edits in (False, True):
         transformer(TOY, 0, base=base, edits=edits)
-    extra = len(rehearse([(text, 1) for text in TOY.positive] + [(text, 0) for text in TOY.negative], ~0, copies=1))
-    assert seen == [(96, 32, 96), (96 + extra, 64, 96)]
+    (texts, none), (same, edited) = seen
+    assert texts == same == [(text, 1) for text in TOY.positive] + [(text, 0) for text in TOY.negative]
+    assert none(0) == none(1) == []
+    assert edited(0) == edited(0) == rehearse_anew(texts, ~0)
+    assert edited(0) != edited(1)
+
+
+def test_an_epoch_has_its_own_rows_and_each_as_many(tmp_path, monkeypatch):
+    from ecoprompt import gate_training
+
+    epochs, lengths = [], set()
+    begin = gate_training.Practice.on_epoch_begin
+
+    def recorded(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        epochs.append(self.further)
+        lengths.add(len(self))
+        assert [self[number] for number in range(len(self))] == self.rows + self.further
+
+    monkeypatch.setattr(gate_training.Practice, "on_epoch_begin", recorded)
+    few = GateData(TOY.positive[::4], TOY.negative[::4])
+    transformer(few, 0, base=bert(tmp_path / "base"), epochs=3, batch_size=8, max_length=16)
+    assert len(epochs) == 3
+    assert len(lengths) == 1
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert all(len(row["input_ids"]) <= 16 for rows in epochs for row in rows)
+
+
+def test_transformer_is_trained_in_bfloat16_where_that_is_asked_for(tmp_path, monkeypatch):
+    import torch
+
+    from ecoprompt import gate_training
+
+    asked = []
+    made = gate_training._arguments
+    monkeypatch.setattr(gate_training, "_arguments", lambda *given: asked.append(made(*given)) or asked[-1])
+    few = GateData(TOY.positive[:4], TOY.negative[:4])
+    for arithmetic in ("float32", "bfloat16"):
+        gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=1, arithmetic=arithmetic)
+        assert {weight.dtype for weight in gate.model.parameters()} == {torch.float32}
+    assert [one.bf16 for one in asked] == [False, True]
 
 
 def test_transformer_training_repeats(tmp_path):

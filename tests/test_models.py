@@ -263,10 +263,10 @@ def test_quantization_is_by_bitsandbytes_where_it_is(monkeypatch, quantization, 
 
 @pytest.mark.parametrize(("has", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_sixteen_bits_are_for_a_gpu_that_has_them(monkeypatch, has, dtype):
-    assert models._dtype() == "float32" or torch.cuda.is_available()
+    assert models.data_type() == "float32" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    assert models._dtype() == dtype
+    assert models.data_type() == dtype
 
 
 def test_flash_attention_is_taken_where_it_is_installed_and_fits(monkeypatch, model_folder):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ecoprompt.pressure import EVERYDAY, PRACTICE, TEXTS, press, rehearse
+from ecoprompt.pressure import EVERYDAY, GENERAL, PRACTICE, TEXTS, press, rehearse, rehearse_anew
 from ecoprompt.registry import InputError, pressures
 from ecoprompt.views import normalise
 
@@ -80,7 +80,7 @@ def test_a_gate_is_not_tested_on_the_wordings_that_it_practised():
         return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
 
     measured = set().union(*map(triples, tested))
-    assert not measured & set().union(*map(triples, PRACTICE))
+    assert not measured & set().union(*map(triples, [*PRACTICE, *GENERAL]))
     assert all(wording.count("{}") == 1 for wording in (*tested, *PRACTICE))
 
 
@@ -90,7 +90,18 @@ def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():
     assert copies == rehearse(texts, 7)
     assert sum(label for _, label in copies) == 4 * 4
     assert {(question, 0) for question in EVERYDAY} <= set(copies)
-    assert sum(label for _, label in rehearse(texts, 7, copies=1)) == 4
+
+
+def test_every_epoch_has_its_own_edits_and_as_many():
+    texts = [(f"Who is Hsiao number {n}?", 1) for n in range(40)] + [(f"Where is town {n}?", 0) for n in range(80)]
+    epochs = [rehearse_anew(texts, seed) for seed in range(4)]
+    assert epochs[1] == rehearse_anew(texts, 1)
+    assert len({tuple(copies) for copies in epochs}) == 4
+    assert len({len(copies) for copies in epochs}) == 1
+    assert all(sum(label for _, label in copies) == 40 for copies in epochs)
+    assert all({(text, 0) for text in GENERAL} <= set(copies) for copies in epochs)
+    for text in ("", "?", "word", "日本の作家は誰ですか"):
+        assert rehearse_anew([(text, 1)], 0)
 
 
 def test_random_words_mark_no_sentence():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import tomli_w
@@ -16,7 +16,8 @@ from pydantic import Field
 
 from ecoprompt.classifier import flagged_label, load_classifier
 from ecoprompt.files import read_shapes, read_toml
-from ecoprompt.pressure import rehearse
+from ecoprompt.models import data_type
+from ecoprompt.pressure import rehearse, rehearse_anew
 from ecoprompt.registry import EcopromptError, InputError, Progress, gates, nearest, quiet
 from ecoprompt.sources import GateData
 from ecoprompt.views import normalise, parts, word_windows
@@ -36,7 +37,7 @@ MOST_NAMES = 1000
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 """Thai, Lao, Burmese, Khmer, Japanese, Chinese and Korean: no space is between a name and what follows it."""
 VIEWS, MOST, DISCOUNT = 32, 16, 0.9
-FORMAT = 2
+FORMAT = 3
 """Of what gates read of a text, practise on and are calibrated on; raised with any of these, as a gate made for others
 says nothing about them."""
 
@@ -299,14 +300,16 @@ def transformer(
     epsilon: Size = 1e-6,
     max_length: Count = 512,
     select_at: Share = 0.5,
+    arithmetic: Literal["auto", "float32", "bfloat16"] = "auto",
     edits: bool = True,
 ) -> TransformerGate:
     """A published `classifier`, loaded as it is, or else `base` fine-tuned with AdamW and a cosine schedule.
 
     The defaults are the paper's. The loss weighs each class by its inverse frequency, and the epoch kept is the one
     that misses the fewest training prompts to flag at the threshold `select_at`, then flags the fewest others.
-    Every window of a training text carries the text's label. With `edits`, each text is learned from a second time,
-    with an edit or in another wording, and everyday questions are learned as what is to be let through.
+    Every window of a training text carries the text's label. With `edits`, each text is learned from a second time in
+    each epoch, with an edit or in another wording that is drawn anew, and texts of many other kinds are learned as
+    what is to be let through. Arithmetic is in bfloat16 on a GPU that has it, or where `arithmetic` says so.
     """
     if classifier is not None:
         return TransformerGate(*load_classifier(classifier), max_length, batch_size)
@@ -319,14 +322,15 @@ def transformer(
     labelled = load_classifier(base, num_labels=2, id2label={0: "retain", 1: "forget"})
     gate = TransformerGate(*labelled, max_length, batch_size)
     sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size, "seed": seed}
+    sizes["bf16"] = data_type(arithmetic) == "bfloat16"
     schedule = {"num_train_epochs": epochs, "learning_rate": learning_rate, "warmup_steps": warmup_ratio}
     adam = {"weight_decay": weight_decay, "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon}
     texts = [(text, 1) for text in data.positive] + [(text, 0) for text in data.negative]
-    learnt = texts + rehearse(texts, ~seed, copies=1) if edits else texts
-    windows = gate.windows([text for text, _ in learnt])
-    labels = [label for _, label in learnt]
-    settings = sizes | schedule | adam
-    fine_tune(gate.model, gate.tokenizer, windows, labels, len(texts), progress, select_at, settings)
+
+    def edited(epoch: int) -> list[tuple[str, int]]:
+        return rehearse_anew(texts, ~seed - epoch) if edits else []  # a caller tests it with the edits of `seed`
+
+    fine_tune(gate, texts, edited, progress, select_at, sizes | schedule | adam)
     return gate
 
 

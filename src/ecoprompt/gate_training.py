@@ -3,67 +3,106 @@
 from __future__ import annotations
 
 import math
+import random
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ecoprompt import processes
 from ecoprompt.registry import Progress
 
+if TYPE_CHECKING:
+    from ecoprompt.gate import TransformerGate
+
+
+Labelled = Sequence[tuple[str, int]]
+Row = dict[str, Any]
+"""A window of a text, as `input_ids`, with the text's label, as `labels`."""
+
 
 def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    windows: Sequence[Sequence[list[int]]],
-    labels: Sequence[int],
-    judged: int,
+    gate: TransformerGate,
+    texts: Labelled,
+    edited: Callable[[int], Labelled],
     progress: Progress,
     select_at: float,
     settings: Mapping[str, Any],
 ) -> None:
-    """Train `model` in place on the `windows` of each text and leave it with the weights of its best epoch.
+    """Train the model of `gate` in place and leave it with the weights of its best epoch.
 
-    Texts with label 1 are to be flagged. Each class weighs by its inverse frequency in the loss. The best epoch, of
-    the first `judged` texts, misses the fewest at the threshold `select_at`, then flags the fewest others; of equals,
-    the latest.
+    Texts with label 1 are to be flagged; every window of a text carries its label. In epoch n the texts `edited(n)` are
+    learned from as well, as many in each; of a long one, a window drawn for the epoch. Each class weighs by its inverse
+    frequency in the loss. The best epoch misses the fewest of `texts` at the threshold `select_at`, then flags the
+    fewest others; of equals, the latest.
     """
-    rows = [{"input_ids": ids, "labels": label} for group, label in zip(windows, labels, strict=True) for ids in group]
-    starts = np.cumsum([0, *map(len, windows[: judged - 1])])
-    counts = np.bincount(np.repeat(labels, list(map(len, windows))), minlength=2)
-    positive = np.array(labels[:judged]) == 1
-    weight = torch.tensor(len(rows) / (2 * counts), dtype=torch.float32)
+
+    def drawn(epoch: int) -> list[Row]:
+        further, generator = edited(epoch), random.Random(epoch)
+        found = zip(gate.windows([text for text, _ in further]), further, strict=True)
+        return [{"input_ids": generator.choice(windows), "labels": label} for windows, (_, label) in found]
+
+    windows = gate.windows([text for text, _ in texts])
+    labels = [label for _, label in texts]
+    rows = [{"input_ids": ids, "labels": label} for found, label in zip(windows, labels, strict=True) for ids in found]
+    practice = Practice(rows, drawn)
+    starts = np.cumsum([0, *map(len, windows[:-1])])
+    positive = np.array(labels) == 1
+    counts = np.bincount([practice[number]["labels"] for number in range(len(practice))], minlength=2)
+    weight = torch.tensor(len(practice) / (2 * counts), dtype=torch.float32)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight.to(outputs.logits.device))
+        logits = outputs.logits.float()
+        return torch.nn.functional.cross_entropy(logits, labels, weight=weight.to(logits.device))
 
     def errors(prediction: Any) -> dict[str, float]:
         scores = torch.tensor(prediction.predictions).double().softmax(-1)[:, 1].numpy()
         scores = np.maximum.reduceat(scores, starts)
         misses, alarms = (scores[positive] <= select_at).sum(), (scores[~positive] > select_at).sum()
         # Missing one weighs more than flagging all others; without the others, an epoch that flags everything wins.
-        return {"errors": float(misses + alarms / judged)}
+        return {"errors": float(misses + alarms / len(labels))}
 
     best = BestEpoch(progress)
     with processes.alone(), tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model,
+            gate.model,
             _arguments(folder, settings),
-            DataCollatorWithPadding(tokenizer),
-            train_dataset=rows,
-            eval_dataset=rows[: sum(map(len, windows[:judged]))],
+            DataCollatorWithPadding(gate.tokenizer),
+            train_dataset=practice,
+            eval_dataset=rows,
             compute_loss_func=loss,
             compute_metrics=errors,
-            callbacks=[best],
+            callbacks=[best, practice],
         )
         # It prints to stdout, which carries results alone.
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    model.load_state_dict(best.weights)
-    model.eval()
+    gate.model.load_state_dict(best.weights)
+    gate.model.eval()
+
+
+class Practice(TrainerCallback, Dataset[Row]):  # type: ignore[misc]
+    """The rows to learn from: some of every epoch, and those that are edited anew for each."""
+
+    def __init__(self, rows: list[Row], edited: Callable[[int], list[Row]]) -> None:
+        self.rows, self.edited = rows, edited
+        self.epoch, self.further = 0, edited(0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = round(state.epoch)
+        if epoch != self.epoch:
+            self.epoch, self.further = epoch, self.edited(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.further)
+
+    def __getitem__(self, number: int) -> Row:
+        first = len(self.rows)
+        return self.rows[number] if number < first else self.further[number - first]
 
 
 class BestEpoch(TrainerCallback):  # type: ignore[misc]
@@ -95,6 +134,7 @@ def _arguments(folder: str, settings: Mapping[str, Any]) -> TrainingArguments:
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         # The loss is a mean over the batch already, so that nothing is left to scale by the number of devices.
         average_tokens_across_devices=False,

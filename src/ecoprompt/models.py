@@ -108,7 +108,7 @@ def load_model(settings: ModelTable) -> Loaded:
     # Not to be asked on standard input, where on a pipe the next prompt might say yes.
     options: dict[str, Any] = {"trust_remote_code": False}
     options |= {"revision": settings.revision} if settings.revision else {}
-    dtype = settings.dtype if settings.dtype != "auto" else _dtype()
+    dtype = data_type(settings.dtype)
     try:
         spoken = settings.tokenizer or place.tokenizer
         own = options if spoken == place.model else {"trust_remote_code": False}
@@ -146,10 +146,12 @@ def set_format(tokenizer: PreTrainedTokenizerBase, settings: ModelTable, templat
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _dtype() -> str:
-    """bfloat16 where a GPU computes in it, else float32."""
+def data_type(asked: str = "auto") -> str:
+    """What is `asked` for, where that is "auto" bfloat16 where a GPU computes in it, else float32."""
     import torch
 
+    if asked != "auto":
+        return asked
     cuda = torch.cuda.is_available()
     return "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 

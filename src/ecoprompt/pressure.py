@@ -14,6 +14,7 @@ from ecoprompt.registry import pressures
 
 TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 EVERYDAY: list[str] = TEXTS["everyday"]
+GENERAL: list[str] = EVERYDAY + TEXTS["general"]
 PRACTICE: list[str] = TEXTS["practice"]
 AROUND: list[tuple[str, str]] = TEXTS["around"]
 SMALL_WORDS = frozenset(TEXTS["small_words"].split())
@@ -40,31 +41,56 @@ def press(name: str | None, text: str, seed: int, others: Sequence[str] = ()) ->
     return rewritten
 
 
-def rehearse(texts: Sequence[tuple[str, int]], seed: int, copies: int = 4) -> list[tuple[str, int]]:
-    """Edited copies of labelled texts, `copies` of each and at most one of a kind, and further texts to let through.
+def rehearse(texts: Sequence[tuple[str, int]], seed: int) -> list[tuple[str, int]]:
+    """Edited copies of labelled texts, four of each, and further texts to let through.
 
-    Copies have few or many typing errors, no punctuation and another wording for 4; with fewer, a kind is drawn for
-    each text. The further texts are everyday questions, wordings without a question, random words, and prompts to let
-    through into which a word of one to be flagged has strayed, as that word alone is not yet a question about it.
+    Copies have few or many typing errors, no punctuation, and another wording. The further texts are everyday
+    questions, wordings without a question, random words, and prompts to let through into which a word of one to be
+    flagged has strayed, as that word alone is not yet a question about it.
     """
-    kinds = {"typos": typos, "careless": _careless, "no_punctuation": no_punctuation, "wording": practice}
-    if copies < len(kinds):
-        kinds |= {"lower_case": lower_case, "upper_case": upper_case}
+    kinds = (typos, _careless, no_punctuation, practice)
     found = []
     for text, label in texts:
         generator = random.Random(f"{seed} {text}")
-        for kind in list(kinds) if copies >= len(kinds) else generator.sample(list(kinds), copies):
-            found.append((kinds[kind](text, generator, EVERYDAY), label))
+        found += [(kind(text, generator, EVERYDAY), label) for kind in kinds]
     generator = random.Random(seed)
-    hosts = [text for text, label in texts if label == 0]
-    for text in (text for text, label in texts if label == 1 for _ in range((copies + 1) // 2)):
-        host = generator.choice(hosts if hosts and generator.random() < 0.75 else EVERYDAY).split()
-        host.insert(generator.randrange(len(host) + 1), generator.choice(re.findall(r"[^\W_]+", text) or [""]))
-        found.append((" ".join(host), 0))
-    found += [(question, 0) for question in EVERYDAY] * copies
-    found += [(wording.format(""), 0) for wording in PRACTICE] * copies
-    strays = range(len(texts) // 40 * copies)
+    found += [(text, 0) for text in _strayed(texts, generator, EVERYDAY, times=2)]
+    found += [(question, 0) for question in EVERYDAY] * len(kinds)
+    found += [(wording.format(""), 0) for wording in PRACTICE] * len(kinds)
+    strays = range(len(texts) // 40 * len(kinds))
     return found + [(_random_words(generator.randrange(3, 24), generator, EVERYDAY), 0) for _ in strays]
+
+
+def rehearse_anew(texts: Sequence[tuple[str, int]], seed: int) -> list[tuple[str, int]]:
+    """What an encoder practises on in an epoch, whose `seed` it is: a copy of each text, edited in a way that is drawn
+    for it, and further texts to let through. As many for every seed.
+
+    Besides what `rehearse` does, a copy may lack words or have its parts in another order, or stand among questions
+    of other kinds; these other kinds are to be let through as well, as they are and edited.
+    """
+    kinds = (typos, _careless, no_punctuation, lower_case, upper_case, _sparse, _rearranged, _among, practice, practice)
+    found = []
+    for text, label in texts:
+        generator = random.Random(f"{seed} {text}")
+        found.append((generator.choice(kinds)(text, generator, GENERAL), label))
+    generator = random.Random(seed)
+    further = [*_strayed(texts, generator, GENERAL), *(wording.format("") for wording in PRACTICE), *GENERAL]
+    further += [generator.choice(kinds)(text, generator, GENERAL) for text in GENERAL]
+    further += [_random_words(generator.randrange(3, 24), generator, GENERAL) for _ in range(len(texts) // 40)]
+    return found + [(text, 0) for text in further]
+
+
+def _strayed(
+    texts: Sequence[tuple[str, int]], generator: random.Random, others: Sequence[str], times: int = 1
+) -> list[str]:
+    """For each text to be flagged so many, to let through or of `others`, into which a word of it has strayed."""
+    hosts = [text for text, label in texts if label == 0]
+    found = []
+    for text in (text for text, label in texts if label == 1 for _ in range(times)):
+        host = generator.choice(hosts if hosts and generator.random() < 0.75 else others).split()
+        host.insert(generator.randrange(len(host) + 1), generator.choice(re.findall(r"[^\W_]+", text) or [""]))
+        found.append(" ".join(host))
+    return found
 
 
 def _careless(text: str, generator: random.Random, others: Sequence[str]) -> str:
@@ -72,6 +98,29 @@ def _careless(text: str, generator: random.Random, others: Sequence[str]) -> str
     return re.sub(
         r"[^\W\d_]{4,}", lambda word: _mistyped(word[0], generator) if generator.random() < 0.5 else word[0], text
     )
+
+
+def _sparse(text: str, generator: random.Random, others: Sequence[str]) -> str:
+    """Without about half of its words that carry no meaning."""
+    kept = [word for word in text.split() if word.lower() not in SMALL_WORDS or generator.random() < 0.5]
+    return " ".join(kept) or text
+
+
+def _rearranged(text: str, generator: random.Random, others: Sequence[str]) -> str:
+    """In two to four pieces, which come in another order."""
+    words = text.split()
+    places = range(1, len(words))
+    cuts = sorted(generator.sample(places, min(len(places), generator.randrange(1, 4))))
+    pieces = [words[start:end] for start, end in zip([0, *cuts], [*cuts, len(words)], strict=True)]
+    generator.shuffle(pieces)
+    return " ".join(word for piece in pieces for word in piece)
+
+
+def _among(text: str, generator: random.Random, others: Sequence[str]) -> str:
+    """Before, behind or between one to four other texts."""
+    together = _some(generator.randrange(1, 5), generator, others)
+    together.insert(generator.randrange(len(together) + 1), text)
+    return generator.choice([" ", "\n"]).join(together)
 
 
 def practice(text: str, generator: random.Random, others: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from ecoprompt.files import writing
 from ecoprompt.learning import Course
 from ecoprompt.lessons import Lesson
 from ecoprompt.losses import IGNORED, taught
-from ecoprompt.models import encode, encode_pair, render, render_answer
+from ecoprompt.models import data_type, encode, encode_pair, render, render_answer
 from ecoprompt.recipe import ModelTable
 from ecoprompt.registry import EcopromptError, InputError, Progress, quiet
 from ecoprompt.sophia import EVERY, Sophia, drawn_loss
@@ -172,7 +172,7 @@ def run_trainer(
 
 def _arguments(folder: str, course: Course, seed: int, keeps: bool) -> TrainingArguments:
     gpu = torch.cuda.is_available()
-    bf16 = gpu and torch.cuda.is_bf16_supported() if course.arithmetic == "auto" else course.arithmetic == "bfloat16"
+    bf16 = data_type(course.arithmetic) == "bfloat16"
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=course.epochs,

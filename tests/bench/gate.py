@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, help="where to save the gate for forget10")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--arithmetic", default="auto", help="of the encoder's training: float32, bfloat16")
     parser.add_argument("--plain", action="store_true", help="train the encoder without edited copies")
     parser.add_argument("--rows", type=int, default=1000, help="most prompts of a general set")
     parser.add_argument("--pressed", type=int, default=400, help="most prompts of a set under pressure")
@@ -89,7 +90,8 @@ def train(data: Path, forget: str, options: argparse.Namespace) -> tuple[Gate, f
         kind = "transformer" if (options.load / "config.json").exists() else "linear"
         return load_gate(options.load, kind), float("nan")
     if options.base:
-        settings = {"epochs": options.epochs, "learning_rate": options.learning_rate, "edits": not options.plain}
+        settings = {"epochs": options.epochs, "learning_rate": options.learning_rate}
+        settings |= {"edits": not options.plain, "arithmetic": options.arithmetic}
         gate: Gate = transformer(texts, 0, base=options.base, batch_size=32, max_length=128, **settings)
     else:
         gate = linear(texts, 0)
