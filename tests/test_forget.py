@@ -410,7 +410,7 @@ def test_a_pack_of_names_is_written_and_read(tmp_path, tokenizer):
     assert [one.flagged for one in loaded.decide(tokenizer, asked)] == [True, False]
     assert loaded.gate == trained.gate
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "It was not: it flags what holds one of its names" in card
+    assert "It was not: it is of the kind `phrases`, as it stands, with names = " in card
     assert "trained on the first two sets" not in card
 
 

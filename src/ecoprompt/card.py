@@ -13,6 +13,7 @@ import numpy as np
 
 from ecoprompt.benchmarks import parse_forget
 from ecoprompt.files import write_bytes_atomic, write_text_atomic
+from ecoprompt.gate import is_taught
 from ecoprompt.plots import rendered
 from ecoprompt.recipe import Recipe
 from ecoprompt.results import gate_cells, gate_report, markdown_table
@@ -86,7 +87,7 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
         "settings": markdown_table([["part", "setting"], *_settings(pack)]),
         "training": _training(trained, gate),
         "threshold": f"{gate['threshold']:.6g}",
-        "taught": gate["kind"] != "phrases" and not trained.get("settings", {}).get("classifier"),
+        "taught": trained.get("taught", True),
         "measured": markdown_table(gate_cells(measured)) if measured else "Not measured.",
         "plot": PLOT if plotted else "",
     }
@@ -117,10 +118,8 @@ def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
         said.append(f"on {trained['positive']} prompts to flag and {trained['negative']} to let through")
         said.append(f"in {trained['seconds']:.1f} seconds")
     how = f"{', '.join(said)}."
-    if settings.get("classifier"):
-        how = f"It was not: it is the classifier `{settings['classifier']}`, published by others, as it stands."
-    if gate["kind"] == "phrases":
-        how = f"It was not: it flags what holds one of its names as whole words ({_listed(settings)})."
+    if not trained.get("taught", True):
+        how = f"It was not: it is of the kind `{gate['kind']}`, as it stands, with {_listed(settings)}."
     if not calibration:
         return f"{how} The threshold was set by hand."
     return (
@@ -156,7 +155,7 @@ def _plot(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes | Non
 
 def gate_notes(recipe: Recipe) -> list[str]:
     """What is to be known before its error rates are believed of a gate that the recipe trained."""
-    if recipe.data is None or recipe.gate.parameters.get("classifier") or recipe.gate.kind == "phrases":
+    if recipe.data is None or not is_taught(recipe.gate.kind, recipe.gate.parameters):
         return []
     texts = parse_forget(recipe.data.forget)[0].gate_sources().positive
     alone = all(one.field in ("first_sentence", "text") for one in texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
@@ -340,6 +340,11 @@ def _positions(model: Any) -> int:
     padding = getattr(embedding, "padding_idx", None)
     positions: int = getattr(model.config, "max_position_embeddings", 2**31)
     return positions if padding is None else positions - padding - 1
+
+
+def is_taught(kind: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a gate of that kind learns from prompts; otherwise it is what its parameters name, as it stands."""
+    return kind != PhraseGate.kind and parameters.get("classifier") is None
 
 
 def _trainable(data: GateData | None) -> GateData:
