@@ -118,7 +118,9 @@ def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
         said.append(f"on {trained['positive']} prompts to flag and {trained['negative']} to let through")
         said.append(f"in {trained['seconds']:.1f} seconds")
     how = f"{', '.join(said)}."
-    if not trained.get("taught", True):
+    if settings.get("classifier"):
+        how = f"It was not: it is the classifier `{settings['classifier']}`, published by others, as it stands."
+    elif not trained.get("taught", True):
         how = f"It was not: it is of the kind `{gate['kind']}`, as it stands, with {_listed(settings)}."
     if not calibration:
         return f"{how} The threshold was set by hand."
