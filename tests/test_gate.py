@@ -486,7 +486,7 @@ def test_transformer_is_trained_in_bfloat16_where_that_is_asked_for(tmp_path, mo
     monkeypatch.setattr(gate_training, "_arguments", lambda *given: asked.append(made(*given)) or asked[-1])
     few = GateData(TOY.positive[:4], TOY.negative[:4])
     for arithmetic in ("float32", "bfloat16"):
-        gate = transformer(few, 0, base=bert(tmp_path / "base"), epochs=1, arithmetic=arithmetic)
+        gate = transformer(few, 0, base=bert(tmp_path / arithmetic), epochs=1, arithmetic=arithmetic)
         assert {weight.dtype for weight in gate.model.parameters()} == {torch.float32}
     assert [one.bf16 for one in asked] == [False, True]
 
