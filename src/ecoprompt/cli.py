@@ -16,7 +16,6 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ecoprompt import hub, processes, terminal
-from ecoprompt.files import check_writable
 from ecoprompt.printing import print_compared, print_evaluated, print_gate, print_learned, print_plan, print_trained
 from ecoprompt.registry import load_plugin
 from ecoprompt.terminal import number, one_of
@@ -147,8 +146,7 @@ def train_classifier(
 
         print_plan(gate_part(loaded), json)
         return
-    check_writable(output / loaded.name)
-    with terminal.progress_bar() as progress:
+    with terminal.progress_bar(output / loaded.name) as progress:
         folder, trained = train_classifier(loaded, output, progress)
     print_gate(loaded, folder, trained, json)
 
@@ -178,8 +176,7 @@ def optimize(
     if dry_run:
         print_plan(loaded, json)
         return
-    check_writable(output / loaded.name)
-    with terminal.progress_bar() as progress:
+    with terminal.progress_bar(output / loaded.name) as progress:
         learned = optimize(loaded, output, progress)
     drawn = draw(loaded, learned, output) if plot else None
     print_learned(learned, drawn, json)
@@ -232,8 +229,7 @@ def evaluate(
         runs_of(loaded)
         print_plan(loaded, json)
         return
-    check_writable(output / loaded.name)
-    with terminal.progress_bar() as progress:
+    with terminal.progress_bar(output / loaded.name) as progress:
         found = evaluate(loaded, output, progress)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -270,10 +266,9 @@ def finetune(
         print_plan(loaded, json)
         return
     check_lessons(loaded, table.base, table.also)
-    check_writable(output / loaded.name)
-    from ecoprompt.finetune import finetune
+    with terminal.progress_bar(output / loaded.name) as progress:
+        from ecoprompt.finetune import finetune
 
-    with terminal.progress_bar() as progress:
         print_trained(finetune(loaded, output, progress), json)
 
 
@@ -305,10 +300,9 @@ def baseline(
         print_plan(loaded, json)
         return
     check_lessons(loaded, loaded.model.name)
-    check_writable(output / loaded.name)
-    from ecoprompt.baseline import baseline
+    with terminal.progress_bar(output / loaded.name) as progress:
+        from ecoprompt.baseline import baseline
 
-    with terminal.progress_bar() as progress:
         print_trained(dict([baseline(loaded, output, progress)]), json)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from ecoprompt import processes
+from ecoprompt.files import check_writable
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -111,8 +112,11 @@ def show(*tables: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Progress with the time left on a terminal's stderr; nothing elsewhere."""
+def progress_bar(folder: Path | None = None) -> Iterator[Progress]:
+    """Progress with the time left on a terminal's stderr, nothing elsewhere, of work that writes to `folder`; raises
+    EcopromptError before any if nothing can be written there."""
+    if folder is not None:
+        check_writable(folder)
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
