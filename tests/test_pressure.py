@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ecoprompt.pressure import EVERYDAY, GENERAL, PRACTICE, TEXTS, press, rehearse, rehearse_anew
+from ecoprompt.pressure import EVERYDAY, GENERAL, TEXTS, WORDINGS, press, rehearse, rehearse_anew
 from ecoprompt.registry import InputError, pressures
 from ecoprompt.views import normalise
 
@@ -80,8 +80,8 @@ def test_a_gate_is_not_tested_on_the_wordings_that_it_practised():
         return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
 
     measured = set().union(*map(triples, tested))
-    assert not measured & set().union(*map(triples, PRACTICE))
-    assert all(wording.count("{}") == 1 for wording in (*tested, *PRACTICE))
+    assert not measured & set().union(*map(triples, WORDINGS))
+    assert all(wording.count("{}") == 1 for wording in (*tested, *WORDINGS))
 
 
 def test_rehearsal_keeps_labels_and_adds_what_asks_for_nothing():

@@ -16,6 +16,7 @@ TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 EVERYDAY: list[str] = TEXTS["everyday"]
 GENERAL: list[str] = EVERYDAY + TEXTS["general"]
 PRACTICE: list[str] = TEXTS["practice"]
+WORDINGS: list[str] = PRACTICE + TEXTS["further"]
 AROUND: list[tuple[str, str]] = TEXTS["around"]
 SMALL_WORDS = frozenset(TEXTS["small_words"].split())
 LOOK_ALIKES = {
@@ -68,14 +69,14 @@ def rehearse_anew(texts: Sequence[tuple[str, int]], seed: int) -> list[tuple[str
     Besides what `rehearse` does, a copy may lack words or have its parts in another order, or stand among questions
     of other kinds; these other kinds are to be let through as well, as they are and edited.
     """
-    kinds = (typos, _careless, no_punctuation, lower_case, upper_case, _sparse, _rearranged, _among, practice, practice)
+    kinds = (typos, _careless, no_punctuation, lower_case, upper_case, _sparse, _rearranged, _among, _strewn, _worded)
     found = []
     for text, label in texts:
         generator = random.Random(f"{seed} {text}")
         found.append((generator.choice(kinds)(text, generator, GENERAL), label))
     generator = random.Random(seed)
-    further = [*_strayed(texts, generator, GENERAL), *(wording.format("") for wording in PRACTICE), *GENERAL]
-    further += [generator.choice(kinds)(text, generator, GENERAL) for text in GENERAL]
+    further = [*_strayed(texts, generator, GENERAL), *(wording.format("") for wording in WORDINGS), *GENERAL]
+    further += [kind(text, generator, GENERAL) for text in GENERAL for kind in (_worded, *generator.sample(kinds, 2))]
     further += [_random_words(generator.randrange(3, 24), generator, GENERAL) for _ in range(len(texts) // 40)]
     return found + [(text, 0) for text in further]
 
@@ -127,8 +128,18 @@ def practice(text: str, generator: random.Random, others: Sequence[str]) -> str:
     """`text` as a gate meets it in training: in wordings of PRACTICE, or among words drawn at random."""
     if generator.random() < 0.5:
         return generator.choice(PRACTICE).format(text)
+    return _strewn(text, generator, others)
+
+
+def _strewn(text: str, generator: random.Random, others: Sequence[str]) -> str:
+    """Behind words drawn at random, or between such."""
     before, after = (_random_words(generator.randrange(2, 16), generator, others) for _ in range(2))
     return " ".join([before, text, after] if generator.random() < 0.3 else [before, text])
+
+
+def _worded(text: str, generator: random.Random, others: Sequence[str]) -> str:
+    """In one of WORDINGS."""
+    return generator.choice(WORDINGS).format(text)
 
 
 @pressures.register
