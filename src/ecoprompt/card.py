@@ -87,7 +87,7 @@ def _text(name: str, pack: Mapping[str, Any], plotted: bool) -> str:
         "settings": markdown_table([["part", "setting"], *_settings(pack)]),
         "training": _training(trained, gate),
         "threshold": f"{gate['threshold']:.6g}",
-        "taught": trained.get("taught", True),
+        "taught": is_taught(gate["kind"], trained.get("settings", {})),
         "measured": markdown_table(gate_cells(measured)) if measured else "Not measured.",
         "plot": PLOT if plotted else "",
     }
@@ -120,7 +120,7 @@ def _training(trained: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
     how = f"{', '.join(said)}."
     if settings.get("classifier"):
         how = f"It was not: it is the classifier `{settings['classifier']}`, published by others, as it stands."
-    elif not trained.get("taught", True):
+    elif not is_taught(gate["kind"], settings):
         how = f"It was not: it is of the kind `{gate['kind']}`, as it stands, with {_listed(settings)}."
     if not calibration:
         return f"{how} The threshold was set by hand."

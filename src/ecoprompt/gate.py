@@ -330,7 +330,8 @@ def transformer(
     def edited(epoch: int) -> list[tuple[str, int]]:
         return rehearse_anew(texts, ~seed - epoch) if edits else []  # a caller tests it with the edits of `seed`
 
-    fine_tune(gate, texts, edited, progress, select_at, sizes | schedule | adam)
+    settings = sizes | schedule | adam
+    fine_tune(gate.model, gate.tokenizer, gate.windows, texts, edited, progress, select_at, settings)
     return gate
 
 

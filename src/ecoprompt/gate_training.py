@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,37 +16,35 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from ecoprompt import processes
 from ecoprompt.registry import Progress
 
-if TYPE_CHECKING:
-    from ecoprompt.gate import TransformerGate
-
-
 Labelled = Sequence[tuple[str, int]]
 Row = dict[str, Any]
 """A window of a text, as `input_ids`, with the text's label, as `labels`."""
 
 
 def fine_tune(
-    gate: TransformerGate,
+    model: Any,
+    tokenizer: Any,
+    windows_of: Callable[[Sequence[str]], list[list[list[int]]]],
     texts: Labelled,
     edited: Callable[[int], Labelled],
     progress: Progress,
     select_at: float,
     settings: Mapping[str, Any],
 ) -> None:
-    """Train the model of `gate` in place and leave it with the weights of its best epoch.
+    """Train `model` in place and leave it with the weights of its best epoch.
 
-    Texts with label 1 are to be flagged; every window of a text carries its label. In epoch n the texts `edited(n)` are
-    learned from as well, as many in each; of a long one, a window drawn for the epoch. Each class weighs by its inverse
-    frequency in the loss. The best epoch misses the fewest of `texts` at the threshold `select_at`, then flags the
-    fewest others; of equals, the latest.
+    Texts with label 1 are to be flagged; every window of a text (token ids, as `windows_of` cuts it) carries its label.
+    In epoch n the texts `edited(n)` are learned from as well, as many in each; of a long one, a window drawn for the
+    epoch. Each class weighs by its inverse frequency in the loss. The best epoch misses the fewest of `texts` at the
+    threshold `select_at`, then flags the fewest others; of equals, the latest.
     """
 
     def drawn(epoch: int) -> list[Row]:
         further, generator = edited(epoch), random.Random(epoch)
-        found = zip(gate.windows([text for text, _ in further]), further, strict=True)
+        found = zip(windows_of([text for text, _ in further]), further, strict=True)
         return [{"input_ids": generator.choice(windows), "labels": label} for windows, (_, label) in found]
 
-    windows = gate.windows([text for text, _ in texts])
+    windows = windows_of([text for text, _ in texts])
     labels = [label for _, label in texts]
     rows = [{"input_ids": ids, "labels": label} for found, label in zip(windows, labels, strict=True) for ids in found]
     practice = Practice(rows, drawn)
@@ -69,9 +67,9 @@ def fine_tune(
     best = BestEpoch(progress)
     with processes.alone(), tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            gate.model,
+            model,
             _arguments(folder, settings),
-            DataCollatorWithPadding(gate.tokenizer),
+            DataCollatorWithPadding(tokenizer),
             train_dataset=practice,
             eval_dataset=rows,
             compute_loss_func=loss,
@@ -81,8 +79,8 @@ def fine_tune(
         # It prints to stdout, which carries results alone.
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    gate.model.load_state_dict(best.weights)
-    gate.model.eval()
+    model.load_state_dict(best.weights)
+    model.eval()
 
 
 class Practice(TrainerCallback, Dataset[Row]):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from ecoprompt.card import tradeoff, write_card
 from ecoprompt.data import told_together
 from ecoprompt.files import CLASSIFIER, check_folder, read_toml, write_text_atomic, writing
 from ecoprompt.forget import Forget, is_probability
-from ecoprompt.gate import FORMAT, SETTINGS, WEIGHTS, Gate, is_taught, load_gate
+from ecoprompt.gate import FORMAT, SETTINGS, WEIGHTS, Gate, load_gate
 from ecoprompt.hub import HUB_ID, fetch
 from ecoprompt.lessons import gate_sources
 from ecoprompt.pressure import press
@@ -80,7 +80,7 @@ def obtain_gate(
     trained, calibrated, measured and written there. A published classifier is loaded from where it is."""
     if is_published(table):
         assert not isinstance(table.threshold, Calibration)
-        about = {"trained": {"settings": {"classifier": table.parameters["classifier"]}, "taught": False}}
+        about = {"trained": {"settings": {"classifier": table.parameters["classifier"]}}}
         return TrainedGate(_make_gate(table, None, seed, progress), table.threshold, [], about)
     with main_first():
         return _stored_or_trained(recipe, table, seed, output, progress)
@@ -214,8 +214,7 @@ def _make_gate(table: GateTable, data: GateData | None, seed: int, progress: Pro
 
 def _train(table: GateTable, data: GateData, seed: int, progress: Progress) -> TrainedGate:
     held_out: list[str] = []
-    settings = {name: value for name, value in table.parameters.items() if value is not None}
-    about: dict[str, Any] = {"settings": settings, "taught": is_taught(table.kind, settings)}
+    about: dict[str, Any] = {"settings": {k: v for k, v in table.parameters.items() if v is not None}}
     if isinstance(table.threshold, Calibration):
         data, held_out = hold_out(data, table.threshold.held_out, seed)
         conformal_threshold(np.zeros(len(held_out)), table.threshold.false_positive_rate)  # too few? say so at once

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, help="where to save the gate for forget10")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--arithmetic", default="auto", help="of the encoder's training: float32, bfloat16")
+    parser.add_argument("--arithmetic", default="auto", choices=["auto", "float32", "bfloat16"], help="of the training")
     parser.add_argument("--plain", action="store_true", help="train the encoder without edited copies")
     parser.add_argument("--rows", type=int, default=1000, help="most prompts of a general set")
     parser.add_argument("--pressed", type=int, default=400, help="most prompts of a set under pressure")
